@@ -1,0 +1,81 @@
+"""Render the model repository: which folder holds which config.pbtxt, and is what is committed still true?
+
+    tuwen render            write the configs that are committed
+    tuwen render --check    say which of them differ, and exit 1
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from builders import configs
+from tuwen.errors import InvalidInput
+from tuwen.specs import ModelSpec, get_spec, slugify
+
+REPOSITORY_DIR = Path(__file__).parent.parent / "model_repository"
+
+# In git stand the shared models, the reference architecture a reader opens, and the sample's.
+COMMITTED = ("ViT-B-16", "Tiny-RN")
+# The one preprocessing model.py; those of other resolutions are copies, held equal by --check.
+_PREPROCESS_SOURCE = Path("preprocess_image_224", "1", "model.py")
+
+
+def rendered_files(spec: ModelSpec, name: str) -> dict[Path, str]:
+    """Path inside the repository -> text, of everything one served model needs but its artifacts.
+
+    Raises:
+        InvalidInput: `name` is no model name.
+    """
+    if slugify(name) != name:
+        raise InvalidInput(f"served name {name!r}: expected lower-case letters, digits and underscores")
+    preprocess = configs.preprocess_image(spec.vision.resolution)
+    models = (
+        configs.tokenize_text(),
+        preprocess,
+        configs.text_tower(spec, name),
+        configs.image_tower(spec, name),
+        configs.text_ensemble(spec, name),
+        configs.image_ensemble(spec, name),
+    )
+    files = {Path(model.name, "config.pbtxt"): configs.render(model) for model in models}
+    # Triton wants a version folder even where an ensemble has nothing in it, and git keeps no empty ones.
+    files |= {Path(model.name, "1", ".gitkeep"): "" for model in models[2:]}
+    files[Path(preprocess.name, "1", "model.py")] = (REPOSITORY_DIR / _PREPROCESS_SOURCE).read_text(encoding="utf-8")
+    return files
+
+
+def committed_files() -> dict[Path, str]:
+    """Everything `tuwen render` keeps in git."""
+    files: dict[Path, str] = {}
+    for name in COMMITTED:
+        files |= rendered_files(get_spec(name), get_spec(name).slug)
+    return files
+
+
+def drifted(files: dict[Path, str], repository: Path) -> list[Path]:
+    """Those of `files` that are missing in `repository` or differ there."""
+    return [path for path, text in files.items() if not _same(repository / path, text)]
+
+
+def _same(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text(encoding="utf-8") == text
+
+
+def write_rendered(files: dict[Path, str], repository: Path, overwrite: bool) -> list[Path]:
+    """Write `files` below `repository`, each atomically; returns those written.
+
+    Args:
+        overwrite: False keeps files that exist, so that a config tuned by hand survives a build.
+    """
+    written = []
+    for path, text in files.items():
+        target = repository / path
+        if _same(target, text) or (target.exists() and not overwrite):
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, target)
+        written.append(path)
+    return written

@@ -1,0 +1,252 @@
+"""Read and write checkpoints: ours, Chinese-CLIP's official `.pt`, Hugging Face ChineseCLIPModel folders.
+
+    model = load_checkpoint(Path("clip_cn_vit-b-16.pt"))        # the architecture is told from the weights' shapes
+    save_checkpoint(model, Path("runs/mine"))                   # config.json + model.safetensors
+
+Nothing here unpickles: `.pt` files are read with weights_only, everything else is safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from tuwen.errors import InvalidInput
+from tuwen.model import ChineseCLIP
+from tuwen.specs import SPECS, ModelSpec, VisionSpec
+
+FORMAT = "tuwen-checkpoint-1"
+StateDict = dict[str, Tensor]
+
+# Buffers and heads that some published files carry and no tower reads.
+_UNUSED = re.compile(r"bert\.pooler\.|.*position_ids$")
+
+# Hugging Face's names -> the published ones; q, k and v are joined afterwards. Source: transformers'
+# ChineseCLIPModel, whose text tower keeps BERT's names.
+_HUGGING_FACE_NAMES = (
+    (r"text_model\.", "bert."),
+    (r"vision_model\.embeddings\.class_embedding", "visual.class_embedding"),
+    (r"vision_model\.embeddings\.patch_embedding\.", "visual.conv1."),
+    (r"vision_model\.embeddings\.position_embedding\.weight", "visual.positional_embedding"),
+    (r"vision_model\.pre_layrnorm\.", "visual.ln_pre."),
+    (r"vision_model\.post_layernorm\.", "visual.ln_post."),
+    (r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.", r"visual.transformer.resblocks.\1.attn."),
+    (r"vision_model\.encoder\.layers\.(\d+)\.layer_norm(\d)\.", r"visual.transformer.resblocks.\1.ln_\2."),
+    (r"vision_model\.encoder\.layers\.(\d+)\.mlp\.fc1\.", r"visual.transformer.resblocks.\1.mlp.c_fc."),
+    (r"vision_model\.encoder\.layers\.(\d+)\.mlp\.fc2\.", r"visual.transformer.resblocks.\1.mlp.c_proj."),
+)
+
+
+def load_checkpoint(path: Path, spec: ModelSpec | None = None) -> ChineseCLIP:
+    """The model of a checkpoint, fp32, in eval mode, on the CPU.
+
+    Args:
+        path: our folder, a Hugging Face ChineseCLIPModel folder, or an official `.pt` file.
+        spec: the architecture to load into; by default the checkpoint's own. A different resolution is allowed:
+            position embeddings are interpolated.
+    Raises:
+        InvalidInput: the path is missing, truncated or of an unknown format, or its weights do not fit; the
+            sentence names the file, the key and both shapes.
+    """
+    state_dict, own_spec, source = _read(path)
+    model = ChineseCLIP(spec or own_spec or infer_spec(state_dict, source))
+    load_weights(model, state_dict, source)
+    return model.eval()
+
+
+def load_weights(model: ChineseCLIP, state_dict: Mapping[str, Tensor], source: Path) -> None:
+    """Copy `state_dict` into `model`, interpolating position embeddings where the grids differ.
+
+    Raises:
+        InvalidInput: a key is missing, unknown or of another shape; the sentence names `source`, key and shapes.
+    """
+    expected = model.state_dict()
+    given = {key: value for key, value in state_dict.items() if not _UNUSED.match(key)}
+    for key in ("visual.positional_embedding", "visual.attnpool.positional_embedding"):
+        if key in given and key in expected:
+            given[key] = interpolate_positions(given[key], expected[key].shape[0])
+    problems = _misfits(expected, given)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise InvalidInput(f"{source}: does not fit {model.spec.name}: {problems[0]}{more}")
+    model.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in given.items()})
+
+
+def _misfits(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    def shape(tensor: Tensor) -> str:
+        return str(tuple(tensor.shape))
+
+    wrong = [
+        f"{key} has shape {shape(given[key])}, expected {shape(expected[key])}"
+        for key in expected
+        if key in given and given[key].shape != expected[key].shape
+    ]
+    missing = [f"{key} {shape(expected[key])} is missing" for key in expected if key not in given]
+    extra = [f"{key} {shape(given[key])} is not part of it" for key in given if key not in expected]
+    return wrong + missing + extra
+
+
+def interpolate_positions(positions: Tensor, num_positions: int) -> Tensor:
+    """Position embeddings (1 + g^2, C) for another square grid, bicubic; the first, the class token's, is kept."""
+    if positions.ndim != 2 or positions.shape[0] == num_positions:
+        return positions
+    old, new = round((positions.shape[0] - 1) ** 0.5), round((num_positions - 1) ** 0.5)
+    if old**2 + 1 != positions.shape[0] or new**2 + 1 != num_positions:
+        return positions  # not a square grid; the shape check names it
+    grid = positions[1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:1].float(), grid.flatten(2)[0].t()])
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> tuple[StateDict, ModelSpec | None, Path]:
+    """The state dict with published names, the architecture if the checkpoint names it, and the weights' file."""
+    if path.is_file():
+        return read_official(path), None, path
+    if not path.is_dir():
+        raise InvalidInput(f"{path}: there is no such checkpoint (a folder with config.json, or a .pt file)")
+    config_path, weights_path = path / "config.json", path / "model.safetensors"
+    for needed in (config_path, weights_path):
+        if not needed.is_file():
+            raise InvalidInput(f"{path}: not a checkpoint folder, {needed.name} is missing")
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        state_dict = load_file(weights_path)
+    except ValueError as error:
+        raise InvalidInput(f"{config_path}: not valid JSON: {error}") from None
+    except SafetensorError as error:
+        raise InvalidInput(f"{weights_path}: truncated or not a safetensors file: {error}") from None
+    if config.get("model_type") == "chinese_clip":
+        return from_hugging_face(state_dict), None, weights_path
+    if config.get("format") != FORMAT:
+        raise InvalidInput(f"{config_path}: format is {config.get('format')!r}, expected {FORMAT!r}")
+    return state_dict, ModelSpec.from_dict(config["architecture"]), weights_path
+
+
+def read_official(path: Path) -> StateDict:
+    """The state dict of a Chinese-CLIP `.pt` file, with DDP's `module.` prefix removed.
+
+    Raises:
+        InvalidInput: truncated, not a checkpoint, or holding pickled objects other than tensors.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise InvalidInput(f"{path}: not a plain weights file, refused: {reason}") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise InvalidInput(f"{path}: truncated or not a .pt file: {str(error).splitlines()[0]}") from None
+    state_dict = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
+    if not state_dict or not all(isinstance(value, Tensor) for value in state_dict.values()):
+        raise InvalidInput(f"{path}: holds no state_dict of tensors, expected a Chinese-CLIP checkpoint")
+    return {key.removeprefix("module."): value for key, value in state_dict.items()}
+
+
+def from_hugging_face(state_dict: Mapping[str, Tensor]) -> StateDict:
+    """A ChineseCLIPModel's state dict under the published names."""
+    renamed: StateDict = {}
+    for key, value in state_dict.items():
+        for pattern, replacement in _HUGGING_FACE_NAMES:
+            key = re.sub("^" + pattern, replacement, key)
+        renamed[key] = value
+    for hugging_face, published in (("visual_projection", "visual.proj"), ("text_projection", "text_projection")):
+        if f"{hugging_face}.weight" in renamed:
+            renamed[published] = renamed.pop(f"{hugging_face}.weight").t().contiguous()
+    for key in [key for key in renamed if ".attn.q_proj." in key]:
+        parts = [renamed.pop(key.replace("q_proj", f"{part}_proj"), None) for part in "qkv"]
+        if all(part is not None for part in parts):
+            kind = key.rsplit(".", 1)[1]
+            renamed[key.replace(f"q_proj.{kind}", f"in_proj_{kind}")] = torch.cat([p for p in parts if p is not None])
+    return renamed
+
+
+def infer_spec(state_dict: Mapping[str, Tensor], source: Path) -> ModelSpec:
+    """The known architecture whose weights have these shapes, at the resolution they imply.
+
+    Raises:
+        InvalidInput: none has.
+    """
+    shapes = {key: tuple(value.shape) for key, value in state_dict.items()}
+    for spec in SPECS.values():
+        candidate = spec.with_resolution(_resolution(shapes, spec.vision))
+        with torch.device("meta"):
+            expected = ChineseCLIP(candidate).state_dict()
+        if all(shapes.get(key) == tuple(value.shape) for key, value in expected.items() if _is_weight(key)):
+            return candidate
+    projection, conv = shapes.get("text_projection"), shapes.get("visual.conv1.weight")
+    raise InvalidInput(
+        f"{source}: no known architecture has these weights (text_projection {projection}, visual.conv1.weight {conv});"
+        f" known are {', '.join(SPECS)}"
+    )
+
+
+def _is_weight(key: str) -> bool:
+    """Keys that tell architectures apart; those of single layers are left to load_weights, which names them."""
+    return key.endswith(("conv1.weight", "text_projection", "word_embeddings.weight", "proj", "dense.weight"))
+
+
+def _resolution(shapes: Mapping[str, tuple[int, ...]], vision: VisionSpec) -> int:
+    key = "visual.positional_embedding" if vision.kind == "vit" else "visual.attnpool.positional_embedding"
+    positions = shapes.get(key, (0,))[0]
+    grid = round(max(positions - 1, 0) ** 0.5)
+    return grid * vision.downscale if grid else vision.resolution
+
+
+# --- writing -----------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    model: ChineseCLIP, out_dir: Path, model_card: str = "", dtype: torch.dtype = torch.float16
+) -> None:
+    """Write config.json, model.safetensors and README.md; an existing folder is replaced whole, or not at all."""
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+    try:
+        weights = {key: _to_dtype(value, dtype) for key, value in model.state_dict().items()}
+        save_file(weights, staging / "model.safetensors")
+        config = {"format": FORMAT, "architecture": model.spec.to_dict()}
+        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (staging / "README.md").write_text(model_card, encoding="utf-8")
+        staging.chmod(0o755)
+        replace_folder(staging, out_dir)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def save_official(model: ChineseCLIP, path: Path, epoch: int = 0, step: int = 0) -> None:
+    """Write the official `.pt` layout (fp16, `module.` prefix), which cn_clip loads."""
+    state_dict = {f"module.{key}": _to_dtype(value, torch.float16) for key, value in model.state_dict().items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    torch.save({"epoch": epoch, "step": step, "name": model.spec.name, "state_dict": state_dict}, temporary)
+    os.replace(temporary, path)
+
+
+def _to_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
+    value = value.detach().cpu().contiguous()
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+def replace_folder(staging: Path, target: Path) -> None:
+    """Put `staging` where `target` is; a kill in between leaves the old folder beside it as `.NAME.old`."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(staging, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+

@@ -1,0 +1,165 @@
+"""Triton Python-based backend `onnxruntime`: runs the model.onnx of every model that says backend: "onnxruntime".
+
+Tensors in, tensors out, under their ONNX names. It stands in for Triton's C++ backend, which the wheel nvidia-pytriton
+lacks, and reads the same config.pbtxt; `tuwen serve` copies it into the server's backend folder.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]  # exists inside Triton only
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+
+Feed = dict[str, np.ndarray]
+
+# source: triton onnxruntime_backend README, "Model Config Options"
+_GRAPH_LEVELS = {
+    -1: ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    0: ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    1: ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    2: ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+}
+_BOOLS = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
+_MODES = {"0": ort.ExecutionMode.ORT_SEQUENTIAL, "1": ort.ExecutionMode.ORT_PARALLEL}
+# The README's others concern CUDA, or instances of one process; here each instance is a process.
+_WITHOUT_EFFECT = {
+    "arena_extend_strategy", "cudnn_conv_algo_search", "do_copy_in_default_stream", "gpu_mem_limit",
+    "share_session_between_instances",
+}  # fmt: skip
+_TRITON_TYPES = {
+    "tensor(float)": "TYPE_FP32", "tensor(float16)": "TYPE_FP16", "tensor(double)": "TYPE_FP64",
+    "tensor(int8)": "TYPE_INT8", "tensor(int16)": "TYPE_INT16", "tensor(int32)": "TYPE_INT32",
+    "tensor(int64)": "TYPE_INT64", "tensor(uint8)": "TYPE_UINT8", "tensor(uint16)": "TYPE_UINT16",
+    "tensor(uint32)": "TYPE_UINT32", "tensor(uint64)": "TYPE_UINT64", "tensor(bool)": "TYPE_BOOL",
+    "tensor(string)": "TYPE_STRING",
+}  # fmt: skip
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        config = json.loads(args["model_config"])
+        path = Path(args["model_repository"]) / args["model_version"] / (config["default_model_filename"] or "model.onnx")
+        if not path.exists():
+            raise pb_utils.TritonModelException(f"{path} does not exist")
+        options, self._run_options = _read_options(config)
+        try:
+            self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's errors share no base class
+            raise pb_utils.TritonModelException(f"{path} is not a model that ONNX Runtime runs: {error}") from error
+        self._is_batching = config["max_batch_size"] > 0
+        _check_tensors(path, "input", config, self._session.get_inputs(), self._is_batching)
+        _check_tensors(path, "output", config, self._session.get_outputs(), self._is_batching)
+        self._input_names = [tensor["name"] for tensor in config["input"]]
+        self._string_inputs = {tensor["name"] for tensor in config["input"] if tensor["data_type"] == "TYPE_STRING"}
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """One response per request, in order; requests of equal item shape run as one batch."""
+        responses: list[Any] = [None] * len(requests)
+        batches: dict[Any, list[tuple[int, Feed]]] = defaultdict(list)
+        for index, request in enumerate(requests):
+            try:
+                feed = self._read_inputs(request)
+            except UnicodeDecodeError as error:
+                responses[index] = _error_response(f"a text is not UTF-8: {error}", pb_utils.TritonError.INVALID_ARG)
+                continue
+            shapes = tuple(array.shape[1:] for array in feed.values()) if self._is_batching else index
+            batches[shapes, tuple(sorted(request.requested_output_names()))].append((index, feed))
+        for (_, output_names), batch in batches.items():
+            answers = self._run([feed for _, feed in batch], list(output_names))
+            for (index, _), answer in zip(batch, answers, strict=True):
+                responses[index] = answer
+        return responses
+
+    def _read_inputs(self, request: Any) -> Feed:
+        feed = {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self._input_names}
+        for name in self._string_inputs:  # Triton holds bytes, ONNX Runtime wants str
+            texts = [text.decode() for text in feed[name].ravel()]
+            feed[name] = np.array(texts, dtype=np.object_).reshape(feed[name].shape)
+        return feed
+
+    def _run(self, feeds: list[Feed], output_names: list[str]) -> list[Any]:
+        """Responses to one batch; when it fails each request runs again alone, so that only the bad one fails."""
+        first = feeds[0]
+        feed = first if len(feeds) == 1 else {name: np.concatenate([each[name] for each in feeds]) for name in first}
+        try:
+            outputs = self._session.run(output_names, feed, self._run_options)
+        except Exception as error:
+            if len(feeds) > 1:
+                return [response for each in feeds for response in self._run([each], output_names)]
+            is_invalid = isinstance(error, InvalidArgument)
+            code = pb_utils.TritonError.INVALID_ARG if is_invalid else pb_utils.TritonError.INTERNAL
+            return [_error_response(str(error), code)]
+        if len(feeds) == 1:
+            return [_response(output_names, outputs)]
+        ends = np.cumsum([len(next(iter(each.values()))) for each in feeds])[:-1]
+        rows = zip(*(np.split(output, ends) for output in outputs), strict=True)  # views, no copies
+        return [_response(output_names, arrays) for arrays in rows]
+
+
+def _response(names: list[str], arrays: Any) -> Any:
+    return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in zip(names, arrays, strict=True)])
+
+
+def _error_response(message: str, code: int) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+
+
+def _read_options(config: dict[str, Any]) -> tuple[ort.SessionOptions, ort.RunOptions]:
+    """The session's and each run's options from `optimization` and `parameters`."""
+    options, run_options = ort.SessionOptions(), ort.RunOptions()
+    level = int(config.get("optimization", {}).get("graph", {}).get("level", 0))
+    options.graph_optimization_level = _choose("optimization.graph.level", level, _GRAPH_LEVELS)
+    # source: triton onnxruntime_backend README, "Model Config Options"
+    setters: dict[str, Callable[[str, str], None]] = {
+        "intra_op_thread_count": lambda key, text: setattr(options, "intra_op_num_threads", _count(key, text)),
+        "inter_op_thread_count": lambda key, text: setattr(options, "inter_op_num_threads", _count(key, text)),
+        "execution_mode": lambda key, text: setattr(options, "execution_mode", _choose(key, text, _MODES)),
+        "enable_mem_arena": lambda key, text: setattr(options, "enable_cpu_mem_arena", _choose(key, text, _BOOLS)),
+        "enable_mem_pattern": lambda key, text: setattr(options, "enable_mem_pattern", _choose(key, text, _BOOLS)),
+        "session.use_device_allocator_for_initializers": options.add_session_config_entry,
+        "memory.enable_memory_arena_shrinkage": run_options.add_run_config_entry,
+    }
+    for key, value in config.get("parameters", {}).items():
+        if key in setters:
+            setters[key](key, value["string_value"].strip().lower())
+        else:
+            known = "has no effect here" if key in _WITHOUT_EFFECT else "is unknown to the onnxruntime backend"
+            pb_utils.Logger.log_warn(f"{config['name']}: parameter {key} {known}: ignored")
+    return options, run_options
+
+
+def _count(key: str, text: str) -> int:
+    if not text.isdecimal():
+        raise pb_utils.TritonModelException(f"parameter {key} is {text!r}, expected a number, 0 or more")
+    return int(text)
+
+
+def _choose(key: str, value: Any, choices: dict[Any, Any]) -> Any:
+    if value not in choices:
+        raise pb_utils.TritonModelException(f"{key} is {value!r}, expected one of {', '.join(map(str, choices))}")
+    return choices[value]
+
+
+def _check_tensors(path: Path, kind: str, config: dict[str, Any], tensors: list[Any], is_batching: bool) -> None:
+    """Refuse a configuration that promises other tensors than the graph has; a served output may be left out."""
+    graph = {tensor.name: tensor for tensor in tensors}
+    names = {tensor["name"] for tensor in config[kind]}
+    if not names or names - graph.keys() or (kind == "input" and graph.keys() - names):
+        raise pb_utils.TritonModelException(f"config.pbtxt has {kind}s {sorted(names)}, {path} has {sorted(graph)}")
+    for tensor in config[kind]:
+        name, found = tensor["name"], graph[tensor["name"]]
+        if _TRITON_TYPES.get(found.type) != tensor["data_type"]:
+            told = f"{tensor['data_type']} in config.pbtxt but {found.type} in {path}"
+            raise pb_utils.TritonModelException(f"{kind} {name} is {told}")
+        dims = [int(dim) for dim in tensor.get("reshape", {}).get("shape", tensor["dims"])]
+        told_shape = [-1, *dims] if is_batching else dims
+        # A named or unknown dimension of the graph takes any size; a fixed one takes its own alone.
+        shape = [dim if isinstance(dim, int) else -1 for dim in found.shape]
+        if len(shape) != len(told_shape) or any(dim not in (-1, told) for dim, told in zip(shape, told_shape, strict=True)):
+            told = f"{told_shape} in config.pbtxt{' with its batch' if is_batching else ''} but {shape} in {path}"
+            raise pb_utils.TritonModelException(f"{kind} {name} is {told}")

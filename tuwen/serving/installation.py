@@ -1,0 +1,140 @@
+"""The `tritonserver` inside the wheel nvidia-pytriton: where it lies, its backend folder, its environment.
+
+The wheel has the server, its libraries and the Python backend, but no ONNX Runtime backend: ours is added to the folder.
+"""
+
+import ctypes.util
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuwen.errors import MissingDependency
+
+INSTALL_HINT = "pip install 'tuwen[serve]'"
+DOCKER_HINT = "or run `docker compose --profile cpu up`"
+# The wheel's tag is manylinux_2_35; pip would refuse it elsewhere, a copied venv would not.
+MIN_GLIBC = (2, 35)
+STUB_NAME = "triton_python_backend_stub"
+_EMBEDDED_BACKENDS_DIR = Path(__file__).parent / "embedded_backends"
+_PYTHON_VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+@dataclass(frozen=True)
+class Installation:
+    """Files of the wheel that a server needs."""
+
+    binary: Path
+    libs_dir: Path
+    python_backend_dir: Path
+    stub_path: Path
+
+
+def find_installation() -> Installation:
+    """The wheel's server for this Python.
+
+    Raises:
+        MissingDependency: no wheel, or this platform, Python or numpy does not go with it.
+    """
+    _require_platform()
+    spec = importlib.util.find_spec("pytriton")  # finds it without importing it
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingDependency(f"the embedded server needs nvidia-pytriton: {INSTALL_HINT}, {DOCKER_HINT}")
+    package_dir = Path(spec.submodule_search_locations[0])
+    triton_dir = package_dir / "tritonserver"
+    stubs_dir = triton_dir / "python_backend_stubs"
+    installation = Installation(
+        binary=triton_dir / "bin" / "tritonserver",
+        libs_dir=package_dir.parent / "nvidia_pytriton.libs",
+        python_backend_dir=triton_dir / "backends" / "python",
+        stub_path=stubs_dir / _PYTHON_VERSION / STUB_NAME,
+    )
+    if not installation.binary.is_file():
+        raise MissingDependency(f"{installation.binary}: no server in this nvidia-pytriton: {INSTALL_HINT}, {DOCKER_HINT}")
+    if not installation.stub_path.is_file():
+        offered = ", ".join(sorted((path.name for path in stubs_dir.glob("3.*")), key=lambda name: int(name[2:])))
+        raise MissingDependency(
+            f"this Python is {_PYTHON_VERSION}, nvidia-pytriton serves {offered}: use one of these, {DOCKER_HINT}"
+        )
+    _require_numpy_1()
+    _require_shared_python(installation.libs_dir)
+    return installation
+
+
+def assemble_backends(installation: Installation, backends_dir: Path) -> None:
+    """Fill an empty folder with the wheel's Python backend and our backends.
+
+    Copies, not links: Triton refuses a backend library whose real path lies outside the backend folder
+    ("backend library name 'libtriton_python.so' escapes backend directory").
+    """
+    python_dir = backends_dir / "python"
+    shutil.copytree(installation.python_backend_dir, python_dir, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(installation.stub_path, python_dir / STUB_NAME)
+    (python_dir / STUB_NAME).chmod(0o755)
+    for backend_dir in _EMBEDDED_BACKENDS_DIR.iterdir():
+        shutil.copytree(backend_dir, backends_dir / backend_dir.name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def server_environment(installation: Installation) -> dict[str, str]:
+    """This process's environment, changed so that model processes run this Python and import what it can import."""
+    environment = dict(os.environ)
+    # A model process embeds Python and finds its prefix, hence the venv's packages, through `python3` on PATH.
+    environment["PATH"] = _joined([str(Path(sys.executable).parent)], environment.get("PATH"))
+    library_dirs = [str(installation.libs_dir), *(str(directory) for directory in _python_library_dirs())]
+    environment["LD_LIBRARY_PATH"] = _joined(library_dirs, environment.get("LD_LIBRARY_PATH"))
+    # The server runs in another folder, so relative entries of PYTHONPATH are made absolute.
+    inherited = [os.path.abspath(entry) for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    environment["PYTHONPATH"] = os.pathsep.join([*_own_source_dir(), *inherited])
+    return environment
+
+
+def _own_source_dir() -> list[str]:
+    """The folder above tuwen/, unless it is site-packages, which every Python of this venv sees anyway."""
+    source_dir = Path(__file__).resolve().parents[2]
+    return [] if source_dir == Path(sysconfig.get_path("purelib")).resolve() else [str(source_dir)]
+
+
+def _python_library_dirs() -> list[Path]:
+    # Relocated builds (uv, conda) carry the build machine's LIBDIR, so the real prefix is looked at as well.
+    candidates = [Path(sysconfig.get_config_var("LIBDIR") or ""), Path(sys.base_prefix) / "lib"]
+    return [directory for directory in dict.fromkeys(candidates) if directory.is_absolute() and directory.is_dir()]
+
+
+def _joined(first: list[str], rest: str | None) -> str:
+    return os.pathsep.join([*first, *([rest] if rest else [])])
+
+
+def _require_platform() -> None:
+    try:
+        libc = os.confstr("CS_GNU_LIBC_VERSION") or ""
+    except (AttributeError, ValueError, OSError):  # Windows has no confstr, musl and macOS no such name
+        libc = ""
+    name, _, version = libc.partition(" ")
+    if sys.platform == "linux" and name == "glibc" and tuple(map(int, version.split(".")[:2])) >= MIN_GLIBC:
+        return
+    here = f"{sys.platform} with {libc or 'another C library'}"
+    raise MissingDependency(f"the embedded server needs Linux with glibc 2.35 or later, this is {here}: {DOCKER_HINT[3:]}")
+
+
+def _require_numpy_1() -> None:
+    # Seen with nvidia-pytriton 0.7.0: its model processes start with numpy 2, and then every BYTES input fails.
+    version = importlib.metadata.version("numpy")
+    if int(version.split(".")[0]) >= 2:
+        raise MissingDependency(f"nvidia-pytriton needs numpy below 2, found {version}: pip install 'numpy<2'")
+
+
+def _require_shared_python(libs_dir: Path) -> None:
+    library = f"libpython{_PYTHON_VERSION}.so.1.0"
+    if any((directory / library).exists() for directory in _python_library_dirs()):
+        return
+    bundled = any(libs_dir.glob(f"libpython3-*.{sys.version_info.minor}.so*"))  # the wheel brings 3.13's
+    if bundled or ctypes.util.find_library(f"python{_PYTHON_VERSION}"):
+        return
+    raise MissingDependency(
+        f"this Python has no {library}, which the server's model processes need: install it "
+        f"(Debian: apt install libpython{_PYTHON_VERSION}; pyenv: PYTHON_CONFIGURE_OPTS=--enable-shared), {DOCKER_HINT}"
+    )

@@ -1,0 +1,74 @@
+"""What a Triton model repository on disk holds: which ensembles are built, and which files the others still lack."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tuwen.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+# source: Triton docs, model repository; dali's is the file our GPU profile names.
+_DEFAULT_FILENAMES = {"python": "model.py", "onnxruntime": "model.onnx", "tensorrt": "model.plan", "dali": "model.dali"}
+
+
+def model_names(repository: Path) -> list[str]:
+    """Names of the folders that hold a config.pbtxt, sorted; [] when the repository does not exist."""
+    return sorted(path.parent.name for path in repository.glob("*/config.pbtxt"))
+
+
+def built_ensembles(repository: Path, *, model_config_name: str | None = None) -> list[str]:
+    """Sorted names of the ensembles whose every part has its file in a version folder.
+
+    Args:
+        model_config_name: the profile, as in Triton's --model-config-name: configs/NAME.pbtxt where a model has one.
+    Raises:
+        InvalidInput: a config.pbtxt is not a model configuration.
+    """
+    return [
+        name
+        for name in model_names(repository)
+        if _read_config(repository, name, model_config_name).HasField("ensemble_scheduling")
+        and not missing_files(repository, name, model_config_name=model_config_name)
+    ]
+
+
+def missing_files(repository: Path, name: str, *, model_config_name: str | None = None) -> list[Path]:
+    """Files that this model, or a part of this ensemble, still needs; one path per part, in the first version folder."""
+    return list(dict.fromkeys(_missing_files(repository, name, model_config_name, frozenset())))
+
+
+def _missing_files(repository: Path, name: str, config_name: str | None, seen: frozenset[str]) -> Iterator[Path]:
+    model_dir = repository / name
+    if not (model_dir / "config.pbtxt").is_file():
+        yield model_dir / "config.pbtxt"
+        return
+    config = _read_config(repository, name, config_name)
+    if config.HasField("ensemble_scheduling"):
+        for step in config.ensemble_scheduling.step:
+            if step.model_name not in seen:  # an ensemble within itself: Triton names the circle
+                yield from _missing_files(repository, step.model_name, config_name, seen | {name})
+        return
+    filenames = _artifact_filenames(config)
+    versions = [path for path in model_dir.iterdir() if path.is_dir() and path.name.isdecimal()]
+    if filenames and not any((version / filename).exists() for version in versions for filename in filenames):
+        yield model_dir / "1" / filenames[0]
+
+
+def _artifact_filenames(config: "ModelConfig") -> list[str]:
+    """Any one of these makes a version; [] for a backend that we do not know."""
+    default = config.default_model_filename or _DEFAULT_FILENAMES.get(config.backend)
+    return [*([default] if default else []), *config.cc_model_filenames.values()]
+
+
+def _read_config(repository: Path, name: str, config_name: str | None) -> "ModelConfig":
+    from google.protobuf import text_format
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    profile_path = repository / name / "configs" / f"{config_name}.pbtxt"
+    path = profile_path if config_name and profile_path.is_file() else repository / name / "config.pbtxt"
+    try:
+        return text_format.Parse(path.read_text(encoding="utf-8"), ModelConfig())
+    except (text_format.ParseError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{path}: not a model configuration: {error}") from error
