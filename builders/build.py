@@ -18,8 +18,9 @@ from builders.onnx_export import OPSET, TOWERS, ExportFailed, TowerKind, export_
 from builders.parity import MAX_ABS_DIFF, MIN_COSINE, Parity, measure_parity
 from builders.repository import REPOSITORY_DIR, rendered_files, write_rendered
 from tuwen import __version__
-from tuwen.checkpoint import load_checkpoint, replace_folder
+from tuwen.checkpoint import load_checkpoint
 from tuwen.errors import InvalidInput
+from tuwen.files import replace_folder
 from tuwen.fingerprint import model_fingerprint
 from tuwen.hub import PUBLISHED, download
 from tuwen.model import ChineseCLIP

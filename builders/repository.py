@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from builders import configs
 from tuwen.errors import InvalidInput
+from tuwen.files import write_text
 from tuwen.specs import ModelSpec, get_spec, slugify
 
 REPOSITORY_DIR = Path(__file__).parent.parent / "model_repository"
@@ -73,9 +73,6 @@ def write_rendered(files: dict[Path, str], repository: Path, overwrite: bool) ->
         target = repository / path
         if _same(target, text) or (target.exists() and not overwrite):
             continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
+        write_text(target, text)
         written.append(path)
     return written

@@ -13,9 +13,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tuwen.hub import available_models, image_transform, load_from_name, tokenize
+    from tuwen.hub import available_models, load_from_name, tokenize
 
-__all__ = ["available_models", "image_transform", "load_from_name", "tokenize"]
+__all__ = ["available_models", "load_from_name", "tokenize"]
 __version__ = "0.1.0"
 
 

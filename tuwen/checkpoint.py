@@ -9,7 +9,6 @@ Nothing here unpickles: `.pt` files are read with weights_only, everything else 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 import shutil
@@ -24,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tuwen.errors import InvalidInput
+from tuwen.files import atomic_file, replace_folder
 from tuwen.model import ChineseCLIP
 from tuwen.specs import SPECS, ModelSpec, VisionSpec
 
@@ -181,8 +181,9 @@ def infer_spec(state_dict: Mapping[str, Tensor], source: Path) -> ModelSpec:
         InvalidInput: none has.
     """
     shapes = {key: tuple(value.shape) for key, value in state_dict.items()}
-    for spec in SPECS.values():
-        candidate = spec.with_resolution(_resolution(shapes, spec.vision))
+    candidates = [(spec, spec.with_resolution(_resolution(shapes, spec.vision))) for spec in SPECS.values()]
+    # ViT-L-14 at 336 pixels is ViT-L-14-336: one whose own resolution fits comes first.
+    for _, candidate in sorted(candidates, key=lambda pair: pair[0] != pair[1]):
         with torch.device("meta"):
             expected = ChineseCLIP(candidate).state_dict()
         if all(shapes.get(key) == tuple(value.shape) for key, value in expected.items() if _is_weight(key)):
@@ -221,7 +222,6 @@ def save_checkpoint(
         config = {"format": FORMAT, "architecture": model.spec.to_dict()}
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (staging / "README.md").write_text(model_card, encoding="utf-8")
-        staging.chmod(0o755)
         replace_folder(staging, out_dir)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -230,23 +230,10 @@ def save_checkpoint(
 def save_official(model: ChineseCLIP, path: Path, epoch: int = 0, step: int = 0) -> None:
     """Write the official `.pt` layout (fp16, `module.` prefix), which cn_clip loads."""
     state_dict = {f"module.{key}": _to_dtype(value, torch.float16) for key, value in model.state_dict().items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save({"epoch": epoch, "step": step, "name": model.spec.name, "state_dict": state_dict}, temporary)
-    os.replace(temporary, path)
+    with atomic_file(path) as file:
+        torch.save({"epoch": epoch, "step": step, "name": model.spec.name, "state_dict": state_dict}, file)
 
 
 def _to_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
     value = value.detach().cpu().contiguous()
     return value.to(dtype) if value.is_floating_point() else value
-
-
-def replace_folder(staging: Path, target: Path) -> None:
-    """Put `staging` where `target` is; a kill in between leaves the old folder beside it as `.NAME.old`."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(staging, target)
-    shutil.rmtree(old, ignore_errors=True)
-
-

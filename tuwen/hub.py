@@ -142,14 +142,14 @@ def _fetch_hugging_face(published: PublishedFile, root: Path) -> str | None:
 
 def _fetch_modelscope(published: PublishedFile, root: Path) -> str | None:
     try:
-        from modelscope.hub.api import HubApi
         from modelscope.hub.file_download import model_file_download
+        from modelscope_hub.api import HubApi
     except ImportError:
         raise MissingDependency("downloads from ModelScope need its library: pip install 'tuwen[modelscope]'") from None
     repository = f"{MODELSCOPE_ORG}/{published.repository}"
     model_file_download(model_id=repository, file_path=published.filename, local_dir=str(root))
-    files = HubApi().get_model_files(repository)
-    return next((entry.get("Sha256") for entry in files if entry.get("Path") == published.filename), None)
+    files = HubApi().list_repo_files(repository, "model")
+    return next((entry.sha256 for entry in files if entry.path == published.filename), None)
 
 
 def _check_sha256(path: Path, expected: str | None) -> None:

@@ -1,6 +1,6 @@
 """The `tritonserver` inside the wheel nvidia-pytriton: where it lies, its backend folder, its environment.
 
-The wheel has the server, its libraries and the Python backend, but no ONNX Runtime backend: ours is added to the folder.
+The wheel has the server, its libraries and the Python backend, but no ONNX Runtime backend: ours joins them.
 """
 
 import ctypes.util
@@ -15,12 +15,14 @@ from pathlib import Path
 
 from tuwen.errors import MissingDependency
 
-INSTALL_HINT = "pip install 'tuwen[serve]'"
-DOCKER_HINT = "or run `docker compose --profile cpu up`"
+_INSTALL_HINT = "pip install 'tuwen[serve]'"
+_DOCKER_HINT = "run `docker compose --profile cpu up`"
 # The wheel's tag is manylinux_2_35; pip would refuse it elsewhere, a copied venv would not.
-MIN_GLIBC = (2, 35)
-STUB_NAME = "triton_python_backend_stub"
-_EMBEDDED_BACKENDS_DIR = Path(__file__).parent / "embedded_backends"
+_MIN_GLIBC = (2, 35)
+_STUB_NAME = "triton_python_backend_stub"
+BACKENDS = "backends"
+_PACKAGE_DIR = Path(__file__).resolve().parents[1]
+_EMBEDDED_BACKENDS_DIR = _PACKAGE_DIR / "serving" / "embedded_backends"
 _PYTHON_VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -43,7 +45,7 @@ def find_installation() -> Installation:
     _require_platform()
     spec = importlib.util.find_spec("pytriton")  # finds it without importing it
     if spec is None or not spec.submodule_search_locations:
-        raise MissingDependency(f"the embedded server needs nvidia-pytriton: {INSTALL_HINT}, {DOCKER_HINT}")
+        raise MissingDependency(f"the embedded server needs nvidia-pytriton: {_INSTALL_HINT}, or {_DOCKER_HINT}")
     package_dir = Path(spec.submodule_search_locations[0])
     triton_dir = package_dir / "tritonserver"
     stubs_dir = triton_dir / "python_backend_stubs"
@@ -51,51 +53,46 @@ def find_installation() -> Installation:
         binary=triton_dir / "bin" / "tritonserver",
         libs_dir=package_dir.parent / "nvidia_pytriton.libs",
         python_backend_dir=triton_dir / "backends" / "python",
-        stub_path=stubs_dir / _PYTHON_VERSION / STUB_NAME,
+        stub_path=stubs_dir / _PYTHON_VERSION / _STUB_NAME,
     )
     if not installation.binary.is_file():
-        raise MissingDependency(f"{installation.binary}: no server in this nvidia-pytriton: {INSTALL_HINT}, {DOCKER_HINT}")
+        raise MissingDependency(f"nvidia-pytriton is incomplete, {installation.binary} is missing: {_INSTALL_HINT}")
     if not installation.stub_path.is_file():
         offered = ", ".join(sorted((path.name for path in stubs_dir.glob("3.*")), key=lambda name: int(name[2:])))
         raise MissingDependency(
-            f"this Python is {_PYTHON_VERSION}, nvidia-pytriton serves {offered}: use one of these, {DOCKER_HINT}"
+            f"this Python is {_PYTHON_VERSION}, nvidia-pytriton serves {offered}: use one of these, or {_DOCKER_HINT}"
         )
     _require_numpy_1()
     _require_shared_python(installation.libs_dir)
     return installation
 
 
-def assemble_backends(installation: Installation, backends_dir: Path) -> None:
-    """Fill an empty folder with the wheel's Python backend and our backends.
+def assemble_run_dir(installation: Installation, run_dir: Path) -> None:
+    """Fill an empty folder, the server's working folder: backends/ with the wheel's and ours, and a link to this tuwen.
 
-    Copies, not links: Triton refuses a backend library whose real path lies outside the backend folder
+    Backends are copies: Triton refuses a backend library whose real path lies outside the backend folder
     ("backend library name 'libtriton_python.so' escapes backend directory").
     """
+    # A model process ignores PYTHONPATH (its Python is isolated) but looks in its working folder before site-packages:
+    # so it imports the tuwen that started it, whether installed, editable or on our path.
+    (run_dir / "tuwen").symlink_to(_PACKAGE_DIR, target_is_directory=True)
+    backends_dir = run_dir / BACKENDS
     python_dir = backends_dir / "python"
     shutil.copytree(installation.python_backend_dir, python_dir, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(installation.stub_path, python_dir / STUB_NAME)
-    (python_dir / STUB_NAME).chmod(0o755)
+    shutil.copy(installation.stub_path, python_dir / _STUB_NAME)
+    (python_dir / _STUB_NAME).chmod(0o755)
     for backend_dir in _EMBEDDED_BACKENDS_DIR.iterdir():
         shutil.copytree(backend_dir, backends_dir / backend_dir.name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def server_environment(installation: Installation) -> dict[str, str]:
-    """This process's environment, changed so that model processes run this Python and import what it can import."""
+    """This process's environment, changed so that model processes run this Python and see its site-packages."""
     environment = dict(os.environ)
     # A model process embeds Python and finds its prefix, hence the venv's packages, through `python3` on PATH.
     environment["PATH"] = _joined([str(Path(sys.executable).parent)], environment.get("PATH"))
     library_dirs = [str(installation.libs_dir), *(str(directory) for directory in _python_library_dirs())]
     environment["LD_LIBRARY_PATH"] = _joined(library_dirs, environment.get("LD_LIBRARY_PATH"))
-    # The server runs in another folder, so relative entries of PYTHONPATH are made absolute.
-    inherited = [os.path.abspath(entry) for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    environment["PYTHONPATH"] = os.pathsep.join([*_own_source_dir(), *inherited])
     return environment
-
-
-def _own_source_dir() -> list[str]:
-    """The folder above tuwen/, unless it is site-packages, which every Python of this venv sees anyway."""
-    source_dir = Path(__file__).resolve().parents[2]
-    return [] if source_dir == Path(sysconfig.get_path("purelib")).resolve() else [str(source_dir)]
 
 
 def _python_library_dirs() -> list[Path]:
@@ -114,10 +111,10 @@ def _require_platform() -> None:
     except (AttributeError, ValueError, OSError):  # Windows has no confstr, musl and macOS no such name
         libc = ""
     name, _, version = libc.partition(" ")
-    if sys.platform == "linux" and name == "glibc" and tuple(map(int, version.split(".")[:2])) >= MIN_GLIBC:
+    if sys.platform == "linux" and name == "glibc" and tuple(map(int, version.split(".")[:2])) >= _MIN_GLIBC:
         return
     here = f"{sys.platform} with {libc or 'another C library'}"
-    raise MissingDependency(f"the embedded server needs Linux with glibc 2.35 or later, this is {here}: {DOCKER_HINT[3:]}")
+    raise MissingDependency(f"the embedded server needs Linux with glibc 2.35, this is {here}: {_DOCKER_HINT}")
 
 
 def _require_numpy_1() -> None:
@@ -136,5 +133,6 @@ def _require_shared_python(libs_dir: Path) -> None:
         return
     raise MissingDependency(
         f"this Python has no {library}, which the server's model processes need: install it "
-        f"(Debian: apt install libpython{_PYTHON_VERSION}; pyenv: PYTHON_CONFIGURE_OPTS=--enable-shared), {DOCKER_HINT}"
+        f"(Debian: apt install libpython{_PYTHON_VERSION}; pyenv: PYTHON_CONFIGURE_OPTS=--enable-shared), "
+        f"or {_DOCKER_HINT}"
     )

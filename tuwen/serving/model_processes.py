@@ -8,7 +8,8 @@ from pathlib import Path
 
 _PROC = Path("/proc")
 _STUB_NAME = b"/triton_python_backend_stub"
-# A stub's arguments: program, model file, shared-memory name, its size and growth, parent, backend folder, handle, instance.
+_STUB_COMM = "triton_python_b"  # the kernel keeps 15 characters, and keeps them for a zombie too
+# A stub's arguments: program, model file, shared memory's name, size and growth, parent, folder, handle, instance.
 _INSTANCE_ARGUMENT = 8
 
 
@@ -22,17 +23,17 @@ class ModelProcessWatch:
 
     def find_dead(self) -> str | None:
         """Call every second or two; the instance, such as `vit_b_16_text_tower_0_0`, whose process has died."""
-        states = _child_states(self._server_pid)
+        states = _stub_states(self._server_pid)
         self._instances = {pid: self._instances.get(pid) or _instance_name(pid) for pid in states}
         # One that ends as asked, at an unload, is a zombie for a moment; a dead one until the server ends.
-        zombies = {pid for pid, state in states.items() if state == "Z" and self._instances[pid]}
+        zombies = {pid for pid, state in states.items() if state == "Z"}
         dead = zombies & self._suspects
         self._suspects = zombies
-        return self._instances[min(dead)] if dead else None
+        return (self._instances[min(dead)] or "(unknown)") if dead else None
 
 
-def _child_states(parent_pid: int) -> dict[int, str]:
-    """Process id -> state letter of every child of the process."""
+def _stub_states(parent_pid: int) -> dict[int, str]:
+    """Process id -> state letter of every model process that the server started."""
     states: dict[int, str] = {}
     for entry in _PROC.iterdir():
         if not entry.name.isdecimal():
@@ -41,15 +42,15 @@ def _child_states(parent_pid: int) -> dict[int, str]:
             stat = (entry / "stat").read_text()
         except OSError:  # it ended meanwhile
             continue
-        # The name, in brackets, may itself hold brackets and spaces.
-        state, parent, *_ = stat.rpartition(")")[2].split()
-        if int(parent) == parent_pid:
+        head, _, tail = stat.rpartition(")")
+        state, parent, *_ = tail.split()
+        if int(parent) == parent_pid and head.endswith(f"({_STUB_COMM}"):
             states[int(entry.name)] = state
     return states
 
 
 def _instance_name(pid: int) -> str:
-    """'' for a zombie, whose arguments are gone, and for a child that is not a model process."""
+    """'' when the process has already lost its arguments."""
     try:
         arguments = (_PROC / str(pid) / "cmdline").read_bytes().split(b"\0")
     except OSError:

@@ -35,7 +35,7 @@ def built_ensembles(repository: Path, *, model_config_name: str | None = None) -
 
 
 def missing_files(repository: Path, name: str, *, model_config_name: str | None = None) -> list[Path]:
-    """Files that this model, or a part of this ensemble, still needs; one path per part, in the first version folder."""
+    """Files that this model, or a part of this ensemble, still needs: one path per part, in version folder 1."""
     return list(dict.fromkeys(_missing_files(repository, name, model_config_name, frozenset())))
 
 
@@ -63,7 +63,7 @@ def _artifact_filenames(config: "ModelConfig") -> list[str]:
 
 
 def _read_config(repository: Path, name: str, config_name: str | None) -> "ModelConfig":
-    from google.protobuf import text_format
+    from google.protobuf import text_format  # type: ignore[import-untyped]
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
     profile_path = repository / name / "configs" / f"{config_name}.pbtxt"

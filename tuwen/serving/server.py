@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tuwen.errors import TuwenError
-from tuwen.serving.installation import assemble_backends, find_installation, server_environment
+from tuwen.serving.installation import BACKENDS, assemble_run_dir, find_installation, server_environment
 from tuwen.serving.model_repository import built_ensembles, missing_files, model_names
 from tuwen.serving.server_log import explain_failed_start, last_meaningful_line
 from tuwen.serving.server_process import ServerProcess
@@ -68,7 +68,7 @@ class EmbeddedServer:
 
         Args:
             models: the models to load, with the parts of ensembles; None loads every ensemble that is built.
-            log_path: Triton's log; None puts it in a temporary folder, which goes at an orderly stop and stays otherwise.
+            log_path: Triton's log; None keeps it in a temporary folder, which an orderly stop removes.
             model_config_name: the profile: configs/NAME.pbtxt where a model has one, config.pbtxt elsewhere.
         """
         self._repository = repository.absolute()
@@ -145,7 +145,7 @@ class EmbeddedServer:
         if self._process is None:
             raise ServerError("this server has not been started")
         self._process.over.wait()
-        if self._process.is_stopping or self._process.returncode == 0:
+        if not self._process.has_died:
             return
         if self._process.dead_model:
             raise self._error(f"the process of model instance {self._process.dead_model} died; start the server again")
@@ -158,9 +158,10 @@ class EmbeddedServer:
             timeout_s: after this the processes are killed.
         """
         if self._process is not None:
+            self._keep_log = self._keep_log or self._process.has_died
             self._process.stop(timeout_s)
         if self._state_dir is not None:
-            shutil.rmtree(self._state_dir / "backends" if self._keep_log else self._state_dir, ignore_errors=True)
+            shutil.rmtree(self._state_dir / "run" if self._keep_log else self._state_dir, ignore_errors=True)
 
     def _choose_models(self) -> list[str]:
         present = model_names(self._repository)
@@ -200,15 +201,17 @@ class EmbeddedServer:
     def _launch(self, models: list[str]) -> ServerProcess:
         installation = find_installation()
         self._state_dir = Path(tempfile.mkdtemp(prefix="tuwen-serve-"))
-        assemble_backends(installation, self._state_dir / "backends")
+        run_dir = self._state_dir / "run"
+        run_dir.mkdir()
+        assemble_run_dir(installation, run_dir)
         self._log_path = self._log_path or self._state_dir / "tritonserver.log"
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         shm_prefix = f"tuwen_{os.getpid()}_{uuid.uuid4().hex[:8]}_"
         try:
             return ServerProcess(
-                [str(installation.binary), *self._arguments(models, self._state_dir / "backends", shm_prefix)],
+                [str(installation.binary), *self._arguments(models, run_dir / BACKENDS, shm_prefix)],
                 environment=server_environment(installation),
-                state_dir=self._state_dir,
+                run_dir=run_dir,
                 log_path=self._log_path,
                 shm_prefix=shm_prefix,
             )

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 _LINE = re.compile(r"^[IWEF]\d{4} [\d:.]+ +\d+ \S+:\d+\] *(?P<message>.*)$")
 # Always written on a machine without a GPU; they stop nothing.
 _HARMLESS = re.compile(
-    r"CUDA driver version is insufficient|CUDA memory pool disabled|CudaDriverHelper|Failed to initialize NVML|DCGM"
+    r"CUDA driver version is insufficient|CUDA memory pool disabled|CudaDriverHelper|pinned system memory"
+    r"|Failed to initialize NVML|DCGM"
 )
 _UNINFORMATIVE = re.compile(
     r"^[+|]|^$|^Timeout \d+:|^Waiting for in-flight|^All models are stopped|Non-graceful termination detected"
@@ -52,7 +53,7 @@ def log_messages(log_text: str) -> Iterator[str]:
 
 
 def explain_failed_start(log_text: str) -> str | None:
-    """What kept the server from starting, the first model that failed by itself first; None when the log does not say."""
+    """What kept the server from starting, beginning with the first model to fail; None when the log does not say."""
     messages = list(log_messages(log_text))
     failures: dict[str, str] = {}
     for message in messages:

@@ -3,6 +3,7 @@
 command, environment, folder -> a process whose end is an event. Used by server.py.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 _WATCH_INTERVAL_S = 1.0
 _SHARED_MEMORY_DIR = Path("/dev/shm")
 # Becomes the server, after asking the kernel to end it (SIGTERM) when the thread that started it ends: kill -9 of
-# `tuwen serve` leaves no server behind. Unlike preexec_fn it runs no Python between fork and exec of a threaded process.
+# `tuwen serve` leaves no server behind. Unlike a preexec_fn, no Python runs between fork and exec of this process.
 _EXEC_TIED_TO_PARENT = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
@@ -31,20 +32,20 @@ class ServerProcess:
     """Started by the constructor; over once it ended or one of its model processes died."""
 
     def __init__(
-        self, command: list[str], *, environment: dict[str, str], state_dir: Path, log_path: Path, shm_prefix: str
+        self, command: list[str], *, environment: dict[str, str], run_dir: Path, log_path: Path, shm_prefix: str
     ) -> None:
         """Start it.
 
         Args:
-            state_dir: its working folder; without a model.py, which would hide a backend's.
+            run_dir: its working folder, where its model processes look for modules first.
             shm_prefix: every segment of that name in /dev/shm is its own, and removed when it ends.
         Raises:
             OSError: the log cannot be written or the process cannot be started.
         """
         self.dead_model: str | None = None
-        self.is_stopping = False
         self.exited = threading.Event()
         self.over = threading.Event()
+        self._is_stopping = False
         self._shm_prefix = shm_prefix
         self._process: subprocess.Popen[bytes] | None = None
         self._launch_error: OSError | None = None
@@ -52,7 +53,7 @@ class ServerProcess:
         # The kernel's parent-death signal follows the thread that forked: this thread lives as long as the server.
         self._keeper = threading.Thread(
             target=self._keep,
-            args=(command, environment, state_dir, log_path, launched),
+            args=(command, environment, run_dir, log_path, launched),
             name="tritonserver-keeper",
             daemon=True,
         )
@@ -70,9 +71,14 @@ class ServerProcess:
         """None while it runs; negative for the signal that killed it."""
         return self._process.returncode if self._process else None
 
+    @property
+    def has_died(self) -> bool:
+        """Whether it, or a model process, ended in another way than by a stop() or a SIGTERM from elsewhere."""
+        return self.over.is_set() and not self._is_stopping and self.returncode != 0
+
     def stop(self, timeout_s: float) -> None:
         """SIGTERM, which lets in-flight requests finish; SIGKILL to all its processes after the timeout."""
-        self.is_stopping = True
+        self._is_stopping = True
         if self._process is None:
             return
         self._process.terminate()
@@ -83,7 +89,12 @@ class ServerProcess:
         self._keeper.join()
 
     def _keep(
-        self, command: list[str], environment: dict[str, str], state_dir: Path, log_path: Path, launched: threading.Event
+        self,
+        command: list[str],
+        environment: dict[str, str],
+        run_dir: Path,
+        log_path: Path,
+        launched: threading.Event,
     ) -> None:
         try:
             with log_path.open("wb") as log_file:
@@ -91,7 +102,7 @@ class ServerProcess:
                 process = self._process = subprocess.Popen(
                     [sys.executable, "-I", "-S", "-c", _EXEC_TIED_TO_PARENT, str(os.getpid()), *command],
                     env=environment,
-                    cwd=state_dir,
+                    cwd=run_dir,
                     stdin=subprocess.DEVNULL,
                     stdout=log_file,
                     stderr=subprocess.STDOUT,
@@ -117,13 +128,11 @@ class ServerProcess:
                 return
             except subprocess.TimeoutExpired:
                 # A model process also ends when the server unloads it on its way out.
-                if self.dead_model is None and not self.is_stopping and (dead := watch.find_dead()):
+                if self.dead_model is None and not self._is_stopping and (dead := watch.find_dead()):
                     self.dead_model = dead
                     self.over.set()
 
 
 def _kill_group(group: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        pass

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]  # exists inside Triton only
+import triton_python_backend_utils as pb_utils
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
-Feed = dict[str, np.ndarray]
+Feed = dict[str, Any]  # tensor name -> numpy array
 
 # source: triton onnxruntime_backend README, "Model Config Options"
 _GRAPH_LEVELS = {
@@ -26,24 +26,20 @@ _GRAPH_LEVELS = {
 }
 _BOOLS = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
 _MODES = {"0": ort.ExecutionMode.ORT_SEQUENTIAL, "1": ort.ExecutionMode.ORT_PARALLEL}
-# The README's others concern CUDA, or instances of one process; here each instance is a process.
-_WITHOUT_EFFECT = {
-    "arena_extend_strategy", "cudnn_conv_algo_search", "do_copy_in_default_stream", "gpu_mem_limit",
-    "share_session_between_instances",
-}  # fmt: skip
+_SAME_NAME_TYPES = ("bool", "string", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
 _TRITON_TYPES = {
-    "tensor(float)": "TYPE_FP32", "tensor(float16)": "TYPE_FP16", "tensor(double)": "TYPE_FP64",
-    "tensor(int8)": "TYPE_INT8", "tensor(int16)": "TYPE_INT16", "tensor(int32)": "TYPE_INT32",
-    "tensor(int64)": "TYPE_INT64", "tensor(uint8)": "TYPE_UINT8", "tensor(uint16)": "TYPE_UINT16",
-    "tensor(uint32)": "TYPE_UINT32", "tensor(uint64)": "TYPE_UINT64", "tensor(bool)": "TYPE_BOOL",
-    "tensor(string)": "TYPE_STRING",
-}  # fmt: skip
+    "tensor(float16)": "TYPE_FP16",
+    "tensor(float)": "TYPE_FP32",
+    "tensor(double)": "TYPE_FP64",
+    **{f"tensor({name})": f"TYPE_{name.upper()}" for name in _SAME_NAME_TYPES},
+}
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
-        path = Path(args["model_repository"]) / args["model_version"] / (config["default_model_filename"] or "model.onnx")
+        version_dir = Path(args["model_repository"]) / args["model_version"]
+        path = version_dir / (config["default_model_filename"] or "model.onnx")
         if not path.exists():
             raise pb_utils.TritonModelException(f"{path} does not exist")
         options, self._run_options = _read_options(config)
@@ -86,8 +82,11 @@ class TritonPythonModel:
         """Responses to one batch; when it fails each request runs again alone, so that only the bad one fails."""
         first = feeds[0]
         feed = first if len(feeds) == 1 else {name: np.concatenate([each[name] for each in feeds]) for name in first}
+        lengths = [len(next(iter(each.values()))) for each in feeds] if self._is_batching else []
         try:
             outputs = self._session.run(output_names, feed, self._run_options)
+            if self._is_batching and any(len(output) != sum(lengths) for output in outputs):
+                raise ValueError(f"the outputs have {[len(o) for o in outputs]} rows for a batch of {sum(lengths)}")
         except Exception as error:
             if len(feeds) > 1:
                 return [response for each in feeds for response in self._run([each], output_names)]
@@ -96,7 +95,7 @@ class TritonPythonModel:
             return [_error_response(str(error), code)]
         if len(feeds) == 1:
             return [_response(output_names, outputs)]
-        ends = np.cumsum([len(next(iter(each.values()))) for each in feeds])[:-1]
+        ends = np.cumsum(lengths)[:-1]
         rows = zip(*(np.split(output, ends) for output in outputs), strict=True)  # views, no copies
         return [_response(output_names, arrays) for arrays in rows]
 
@@ -128,8 +127,7 @@ def _read_options(config: dict[str, Any]) -> tuple[ort.SessionOptions, ort.RunOp
         if key in setters:
             setters[key](key, value["string_value"].strip().lower())
         else:
-            known = "has no effect here" if key in _WITHOUT_EFFECT else "is unknown to the onnxruntime backend"
-            pb_utils.Logger.log_warn(f"{config['name']}: parameter {key} {known}: ignored")
+            pb_utils.Logger.log_warn(f"{config['name']}: parameter {key} has no effect in this onnxruntime backend")
     return options, run_options
 
 
@@ -160,6 +158,6 @@ def _check_tensors(path: Path, kind: str, config: dict[str, Any], tensors: list[
         told_shape = [-1, *dims] if is_batching else dims
         # A named or unknown dimension of the graph takes any size; a fixed one takes its own alone.
         shape = [dim if isinstance(dim, int) else -1 for dim in found.shape]
-        if len(shape) != len(told_shape) or any(dim not in (-1, told) for dim, told in zip(shape, told_shape, strict=True)):
+        if len(shape) != len(told_shape) or any(d not in (-1, t) for d, t in zip(shape, told_shape, strict=True)):
             told = f"{told_shape} in config.pbtxt{' with its batch' if is_batching else ''} but {shape} in {path}"
             raise pb_utils.TritonModelException(f"{kind} {name} is {told}")

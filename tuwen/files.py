@@ -1,0 +1,42 @@
+"""Files and folders that appear whole or not at all: a kill at any moment leaves the last good state."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file under a temporary name beside `path`, renamed to it only if the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text to `path`, atomically."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
+def replace_folder(staging: Path, target: Path) -> None:
+    """Put the folder `staging` where `target` is; a kill between the two renames leaves the old as `.NAME.old`."""
+    staging.chmod(0o755)  # mkdtemp's folders are for their owner alone
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(staging, target)
+    shutil.rmtree(old, ignore_errors=True)
