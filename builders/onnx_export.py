@@ -12,6 +12,7 @@ from typing import Literal
 import onnx
 import onnx_graphsurgeon as gs
 import torch
+from onnx_graphsurgeon.logger import G_LOGGER
 from torch import Tensor, nn
 
 from tuwen.errors import TuwenError
@@ -35,16 +36,17 @@ class ExportFailed(TuwenError):
 class Tower(nn.Module):
     """One tower as it is served: input -> (embeds float32 (B, D) of unit length, fingerprint int64 (B, 1))."""
 
-    fingerprint: Tensor
+    baked_fingerprint: Tensor
 
     def __init__(self, model: ChineseCLIP, kind: TowerKind, fingerprint: int) -> None:
         super().__init__()
         self.model, self.kind = model, kind
-        self.register_buffer("fingerprint", torch.tensor([[fingerprint]], dtype=torch.int64))
+        # Not named "fingerprint": the exporter keeps buffer names, and the output is called that.
+        self.register_buffer("baked_fingerprint", torch.tensor([[fingerprint]], dtype=torch.int64))
 
     def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
         encode = self.model.encode_text if self.kind == "text" else self.model.encode_image
-        return encode(values, normalize=True), self.fingerprint.expand(values.shape[0], 1)
+        return encode(values, normalize=True), self.baked_fingerprint.expand(values.shape[0], 1)
 
 
 def example_input(spec: ModelSpec, kind: TowerKind, batch: int = 2, length: int = 9) -> Tensor:
@@ -78,8 +80,8 @@ def export_tower(model: ChineseCLIP, kind: TowerKind, fingerprint: int, path: Pa
                 dynamic_shapes=(dynamic,),
                 verbose=False,
             )
-        assert program is not None  # it is None for the older exporter only
-        graph = clean_graph(program.model_proto)
+            assert program is not None  # it is None for the older exporter only
+            graph = clean_graph(program.model_proto)
     except Exception as error:  # the exporter raises a family of its own, not all of it public
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExportFailed(f"{model.spec.name} {kind} tower cannot be exported to ONNX: {reason}") from error
@@ -111,13 +113,16 @@ def _save(proto: onnx.ModelProto, path: Path) -> None:
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """The exporter logs of packages it does not find and warns of its own internals; its errors still raise."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """The exporters log of packages they do not find and of their own internals; their errors still raise."""
+    logs = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [log.level for log in logs]
+    G_LOGGER.severity = G_LOGGER.ERROR
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)

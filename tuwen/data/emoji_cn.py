@@ -80,10 +80,19 @@ STYLES = (
         "16.0.0",
         "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
         "package/img/twitter/64/",
-        "CC-BY-4.0 (Twemoji)",
+        "CC-BY-4.0 (Twemoji, copyright Twitter, Inc and other contributors)",
     ),
 )
 TRAIN_STYLES, VALID_STYLES = (0, 1), (2,)
+
+
+@dataclass(frozen=True)
+class SplitCounts:
+    """How much a split holds; a pair is one picture with one text."""
+
+    pictures: int
+    texts: int
+    pairs: int
 
 
 @dataclass(frozen=True)
@@ -122,12 +131,15 @@ def build_emoji_cn(
     for index, (style, catalogue) in enumerate(zip(styles, catalogues, strict=True)):
         on_progress(index, len(styles), f"drawing {style.name}")
         pictures[index] = list(_pictures(packages_dir / style.tarball, catalogue, concepts, index))
+    counts: dict[str, SplitCounts] = {}
     for split, chosen in splits.items():
         captions = _captions(concepts, with_composites=split == "train")
+        num_pairs = len(chosen) * sum(map(len, captions.values()))
+        counts[split] = SplitCounts(len(chosen) * len(concepts), len(captions), num_pairs)
         write_images(tsv_path(out_dir, split), (record for style in chosen for record in pictures[style]))
         write_texts(jsonl_path(out_dir, split), _text_records(captions, chosen))
-    write_text(out_dir / "README.md", _readme(names, styles, len(concepts)))
-    return {split: len(chosen) * len(concepts) for split, chosen in splits.items()}
+    write_text(out_dir / "README.md", _readme(names, styles, len(concepts), counts))
+    return {split: one.pictures for split, one in counts.items()}
 
 
 def fetch_package(package: Package, packages_dir: Path) -> Path:
@@ -141,7 +153,9 @@ def fetch_package(package: Package, packages_dir: Path) -> Path:
     path = packages_dir / package.tarball
     if not path.is_file():
         if shutil.which("npm") is None:
-            raise MissingDependency(f"{package.name} is fetched by npm, which is not installed; get Node.js, then again")
+            raise MissingDependency(
+                f"{package.name} is fetched by npm, which is not installed; install Node.js and try again"
+            )
         packages_dir.mkdir(parents=True, exist_ok=True)
         command = ["npm", "pack", "--silent", f"{package.name}@{package.version}"]
         result = subprocess.run(command, cwd=packages_dir, capture_output=True, text=True, check=False)
@@ -191,7 +205,8 @@ def _read_members(tarball: Path, names: set[str]) -> dict[str, bytes]:
         for member in archive:
             if member.name not in names:
                 continue
-            file = archive.extractfile(member)
+            # A link has size 0 and would read its target, so only plain files pass.
+            file = archive.extractfile(member) if member.isfile() else None
             if file is None or member.size > MAX_MEMBER_BYTES:
                 raise InvalidInput(f"{tarball}: {member.name} is no plain file of at most {MAX_MEMBER_BYTES} bytes")
             contents[member.name] = file.read()
@@ -254,13 +269,14 @@ def _text_records(captions: Mapping[str, list[int]], styles: tuple[int, ...]) ->
         yield TextRecord(text_id, text, tuple(ids))
 
 
-def _readme(names: Package, styles: tuple[Package, ...], num_concepts: int) -> str:
-    rows = "".join(
-        f"| {package.name} {package.version} | {package.licence} |\n" for package in (names, *styles)
-    )
+def _readme(names: Package, styles: tuple[Package, ...], num_concepts: int, counts: Mapping[str, SplitCounts]) -> str:
+    sources = "".join(f"| {package.name} {package.version} | {package.licence} |\n" for package in (names, *styles))
+    splits = "".join(f"| {split} | {one.pictures} | {one.texts} | {one.pairs} |\n" for split, one in counts.items())
     return (
-        f"# Emoji-CN\n\n{num_concepts} emoji with their Chinese names and tags, {RESOLUTION} x {RESOLUTION} on white, made by"
-        f" `tuwen data emoji`.\n\n| source (npm) | licence |\n|---|---|\n{rows}\n"
+        f"# Emoji-CN\n\n{num_concepts} emoji with their Chinese names and tags, {RESOLUTION} x {RESOLUTION} on white,"
+        " made by `tuwen data emoji`.\nThe pictures are flattened and resized from these sources:\n\n"
+        f"| source (npm) | licence |\n|---|---|\n{sources}\n"
         f"Picture id = {_PICTURE_IDS_PER_STYLE} * style + concept; styles in the order above, the last is held out as"
-        " `valid`.\n`seen` holds the training pictures with the captions of `valid`.\n"
+        " `valid`.\n`seen` holds the training pictures with the captions of `valid`.\n\n"
+        f"| split | pictures | texts | pairs |\n|---|---|---|---|\n{splits}"
     )

@@ -14,14 +14,16 @@ import os
 import pickle
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
+from weakref import WeakValueDictionary
 
 import lmdb
 
-from tuwen.data.pairs import TextRecord, decode_base64, iter_images, iter_texts, jsonl_path, tsv_path
+from tuwen.data.pairs import TextRecord, decode_base64, iter_images, iter_texts, jsonl_path, parse_image_id, tsv_path
 from tuwen.errors import InvalidInput
 from tuwen.files import replace_folder
 
@@ -113,52 +115,101 @@ def _commit(environment: lmdb.Environment, items: list[tuple[bytes, bytes]]) -> 
 # --- reading ------------------------------------------------------------------------------------------------
 
 
+class Pair(NamedTuple):
+    """One picture and one text that belong together."""
+
+    image_id: int
+    text_id: int
+    text: str
+
+
 class _PrimitiveUnpickler(pickle.Unpickler):
-    """Rebuilds tuples, strings and numbers; anything that needs a name from a module is refused."""
+    """Builds tuples, lists, strings and numbers; anything that needs a name from a module is refused."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"names {module}.{name}")
 
 
-def load_pair(value: bytes, where: str) -> tuple[int, int, str]:
-    """(image_id, text_id, text) of a pickled value.
+def load_pair(value: bytes, where: str) -> Pair:
+    """The pair of a pickled value.
 
     Raises:
-        InvalidInput: it is anything else; `where` opens the sentence.
+        InvalidInput: it is anything but (int or decimal str, int or decimal str, str); `where` opens the sentence.
     """
     try:
-        image_id, text_id, text = _PrimitiveUnpickler(io.BytesIO(value)).load()
-        if not isinstance(text, str):
-            raise TypeError(f"text is a {type(text).__name__}")
-        return int(image_id), int(text_id), text
+        fields = _PrimitiveUnpickler(io.BytesIO(value)).load()
+        if not isinstance(fields, tuple | list) or len(fields) != 3:
+            raise TypeError(f"a {type(fields).__name__}")
+        image_id, text_id, text = fields
+        if type(image_id) not in (int, str) or type(text_id) not in (int, str) or type(text) is not str:
+            raise TypeError(f"of {', '.join(type(field).__name__ for field in fields)}")
+        return Pair(int(image_id), int(text_id), text)
     except Exception as error:  # a hostile pickle raises whatever it likes; none of it is ours
         raise InvalidInput(f"{where}: not a plain (image_id, text_id, text), refused: {error}") from None
 
 
+# By process and file. LMDB opens a file once a process, and a child inherits its parent's environments open.
+_environments: WeakValueDictionary[tuple[int, int, int], lmdb.Environment] = WeakValueDictionary()
+_environments_lock = threading.Lock()
+
+
+def _open_environment(path: Path) -> lmdb.Environment:
+    """The process's environment of this LMDB, opened if it is not; it closes when its last user lets go."""
+    try:
+        file = os.stat(path / "data.mdb")
+        key = (os.getpid(), file.st_dev, file.st_ino)
+        with _environments_lock:
+            for other, inherited in list(_environments.items()):
+                if other[0] != key[0]:
+                    inherited.close()  # in this child alone; the parent's stays open
+            environment = _environments.get(key)
+            if environment is None:
+                environment = lmdb.open(
+                    str(path), readonly=True, create=False, lock=False, readahead=False, meminit=False
+                )
+                _environments[key] = environment
+    except (lmdb.Error, OSError) as error:
+        raise InvalidInput(f"{path}: cannot be opened as an LMDB: {error}") from None
+    expected = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    if file.st_size < expected:  # reading a missing page would kill the process with SIGBUS
+        raise InvalidInput(f"{path}: data.mdb is cut off, {file.st_size} of {expected} bytes")
+    return environment
+
+
 class LmdbPairs:
-    """A split of an LMDB as a `PairSet`; pictures are read when asked for, also from worker processes."""
+    """A split of an LMDB as a `PairSet`; pictures are read when asked for, also from worker processes.
+
+    A text without pictures leaves no pair, so `texts` lacks it. Also a context manager.
+    """
 
     def __init__(self, split_dir: Path) -> None:
         self.split_dir = split_dir
         self._process = 0
+        self._opened: dict[str, lmdb.Environment] = {}
         self._open()
 
     def _open(self) -> None:
         """LMDB environments must not cross a fork, so each process opens its own."""
-        self._environments = {name: self._open_one(name) for name in ("pairs", "imgs")}
+        self._opened = {name: _open_environment(self.split_dir / name) for name in ("pairs", "imgs")}
         self._process = os.getpid()
 
-    def _open_one(self, name: str) -> lmdb.Environment:
-        path = self.split_dir / name
-        try:
-            return lmdb.open(str(path), readonly=True, create=False, lock=False, readahead=False, meminit=False)
-        except lmdb.Error as error:
-            raise InvalidInput(f"{path}: cannot be opened as an LMDB: {error}") from None
+    def close(self) -> None:
+        """Let go of the files; the next read opens them again."""
+        self._opened, self._process = {}, 0
 
-    def _get(self, name: str, key: str) -> bytes | None:
+    def __enter__(self) -> LmdbPairs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _environment(self, name: str) -> lmdb.Environment:
         if os.getpid() != self._process:
             self._open()
-        with self._environments[name].begin() as transaction:
+        return self._opened[name]
+
+    def _get(self, name: str, key: str) -> bytes | None:
+        with self._environment(name).begin() as transaction:
             return transaction.get(key.encode())
 
     def __getstate__(self) -> dict[str, object]:
@@ -171,38 +222,46 @@ class LmdbPairs:
     def num_pairs(self) -> int:
         return self._count("pairs", "num_samples")
 
+    @cached_property
+    def num_images(self) -> int:
+        return self._count("imgs", "num_images")
+
     def _count(self, name: str, key: str) -> int:
         value = self._get(name, key)
         if value is None or not value.isdigit():
             raise InvalidInput(f"{self.split_dir / name}: {key} is missing or no number; was its packing cut off?")
         return int(value)
 
-    def pair(self, index: int) -> tuple[int, int, str]:
-        """(image_id, text_id, text) of pair `index`."""
+    def pair(self, index: int) -> Pair:
+        """Pair `index` of 0..num_pairs-1."""
         where = f"{self.split_dir / 'pairs'}: key {index}"
         value = self._get("pairs", str(index))
         if value is None:
             raise InvalidInput(f"{where} is missing of {self.num_pairs}")
         return load_pair(value, where)
 
+    def pairs(self) -> Iterator[Pair]:
+        """Every pair, in order."""
+        return map(self.pair, range(self.num_pairs))
+
     @cached_property
     def image_ids(self) -> list[int]:
-        with self._environments["imgs"].begin() as transaction:
-            ids = [int(key) for key in transaction.cursor().iternext(values=False) if key != b"num_images"]
-        expected = self._count("imgs", "num_images")
-        if len(ids) != expected:
-            raise InvalidInput(f"{self.split_dir / 'imgs'}: {len(ids)} pictures, num_images says {expected}")
-        return sorted(ids)
+        with self._environment("imgs").begin() as transaction:
+            keys = [key for key in transaction.cursor().iternext(values=False) if key != b"num_images"]
+        path = self.split_dir / "imgs"
+        if len(keys) != self.num_images:
+            raise InvalidInput(f"{path}: {len(keys)} pictures, num_images says {self.num_images}")
+        return sorted(parse_image_id(key, f"{path}: key {key!r}") for key in keys)
 
     @cached_property
     def texts(self) -> list[TextRecord]:
         texts: dict[int, tuple[str, list[int]]] = {}
-        for index in range(self.num_pairs):
-            image_id, text_id, text = self.pair(index)
+        for image_id, text_id, text in self.pairs():
             texts.setdefault(text_id, (text, []))[1].append(image_id)
         return [TextRecord(text_id, text, tuple(image_ids)) for text_id, (text, image_ids) in texts.items()]
 
     def image_bytes(self, image_id: int) -> bytes:
+        """The encoded picture file."""
         where = f"{self.split_dir / 'imgs'}: picture {image_id}"
         value = self._get("imgs", str(image_id))
         if value is None:

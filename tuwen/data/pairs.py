@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from tuwen.files import atomic_file
 
 # cn_clip reads the URL-safe alphabet, most files are written in the standard one; both are accepted.
 _TO_STANDARD = bytes.maketrans(b"-_", b"+/")
+# 18 digits fit in int64 and in an LMDB key. Not int() alone, which takes 1_000 as well.
+_INTEGER = re.compile(rb"-?[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,14 @@ def open_pairs(path: Path, split: str) -> PairSet:
 
 def splits_in(path: Path) -> set[str]:
     """Names of the splits below `path`, in either form."""
-    tsv = {file.name.removesuffix("_imgs.tsv") for file in path.glob("*_imgs.tsv")}
-    return tsv | {folder.parent.name for folder in (*path.glob("*/pairs"), *path.glob("lmdb/*/pairs"))}
+    packed = (*path.glob("*/pairs"), *path.glob("lmdb/*/pairs"))
+    splits = {*tsv_splits(path), *(folder.parent.name for folder in packed)}
+    return {split for split in splits if not split.startswith(".")}  # a dot opens the name of unfinished work
+
+
+def tsv_splits(path: Path) -> list[str]:
+    """Names of the splits that lie in `path` as TSV files, sorted."""
+    return sorted(file.name.removesuffix("_imgs.tsv") for file in path.glob("*_imgs.tsv"))
 
 
 def tsv_path(data_dir: Path, split: str) -> Path:
@@ -93,13 +102,14 @@ class TsvPairs:
     """A split held in memory, for sets of up to some ten thousand pictures; pack larger ones with `tuwen data lmdb`."""
 
     def __init__(self, data_dir: Path, split: str) -> None:
+        self._path = tsv_path(data_dir, split)
         self._images = {record.image_id: record.encoded for record in iter_images(tsv_path(data_dir, split))}
         self.texts = list(iter_texts(jsonl_path(data_dir, split), known_images=self._images.keys()))
         self.image_ids = list(self._images)
 
     def image_bytes(self, image_id: int) -> bytes:
         if image_id not in self._images:
-            raise InvalidInput(f"picture {image_id} is not in this split")
+            raise InvalidInput(f"{self._path}: picture {image_id} is missing")
         return self._images[image_id]
 
 
@@ -117,7 +127,7 @@ def iter_images(path: Path) -> Iterator[ImageRecord]:
         image_id_text, tab, encoded = line.partition(b"\t")
         if not tab:
             raise InvalidInput(f"{path}:{number}: no tab, expected `image id, tab, base64`")
-        image_id = _image_id(image_id_text, f"{path}:{number}")
+        image_id = parse_image_id(image_id_text, f"{path}:{number}")
         if image_id in seen:
             raise InvalidInput(f"{path}:{number}: image id {image_id} appears twice")
         seen.add(image_id)
@@ -171,22 +181,30 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                     yield number, line
     except FileNotFoundError:
         raise InvalidInput(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise InvalidInput(f"{path}: cannot be read: {error.strerror}") from None
     if not found:
         raise InvalidInput(f"{path}: empty, expected a record a line")
 
 
-def _image_id(text: bytes, where: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
+def parse_image_id(text: bytes, where: str) -> int:
+    """The id written as decimal digits.
+
+    Raises:
+        InvalidInput: it is anything else; `where` opens the sentence.
+    """
+    if not _INTEGER.fullmatch(text):
         shown = text[:20].decode("utf-8", "replace")
-        raise InvalidInput(f"{where}: image id is {shown!r}, expected an integer") from None
+        raise InvalidInput(f"{where}: image id is {shown!r}, expected an integer of at most 18 digits")
+    return int(text)
 
 
 def _parse_text(line: bytes, where: str) -> TextRecord:
     try:
-        values = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        values = json.loads(line.decode("utf-8-sig"))  # bytes would let json guess at UTF-16
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:  # ValueError itself for an integer of thousands of digits
         raise InvalidInput(f"{where}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise InvalidInput(f"{where}: a JSON {type(values).__name__}, expected an object")
@@ -195,8 +213,10 @@ def _parse_text(line: bytes, where: str) -> TextRecord:
             raise InvalidInput(f"{where}: field {field!r} is missing")
         if not isinstance(values[field], kind) or isinstance(values[field], bool):
             raise InvalidInput(f"{where}: {field} is a {type(values[field]).__name__}, expected {kind.__name__}")
-    if not all(isinstance(image_id, int) for image_id in values["image_ids"]):
+    if not all(type(image_id) is int for image_id in values["image_ids"]):  # isinstance would take true for 1
         raise InvalidInput(f"{where}: image_ids holds something other than integers")
+    if any("\ud800" <= character <= "\udfff" for character in values["text"]):
+        raise InvalidInput(f"{where}: text holds half of a surrogate pair, which is not Unicode text")
     return TextRecord(values["text_id"], values["text"], tuple(values["image_ids"]))
 
 

@@ -81,7 +81,8 @@ def assemble_run_dir(installation: Installation, run_dir: Path) -> None:
     shutil.copytree(installation.python_backend_dir, python_dir, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(installation.stub_path, python_dir / _STUB_NAME)
     (python_dir / _STUB_NAME).chmod(0o755)
-    for backend_dir in _EMBEDDED_BACKENDS_DIR.iterdir():
+    for model_path in _EMBEDDED_BACKENDS_DIR.glob("*/model.py"):
+        backend_dir = model_path.parent
         shutil.copytree(backend_dir, backends_dir / backend_dir.name, ignore=shutil.ignore_patterns("__pycache__"))
 
 

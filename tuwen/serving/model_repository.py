@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuwen.errors import InvalidInput
+from tuwen.errors import InvalidInput, MissingDependency
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -25,6 +25,7 @@ def built_ensembles(repository: Path, *, model_config_name: str | None = None) -
         model_config_name: the profile, as in Triton's --model-config-name: configs/NAME.pbtxt where a model has one.
     Raises:
         InvalidInput: a config.pbtxt is not a model configuration.
+        MissingDependency: tritonclient, which knows the format, is not installed.
     """
     return [
         name
@@ -63,8 +64,11 @@ def _artifact_filenames(config: "ModelConfig") -> list[str]:
 
 
 def _read_config(repository: Path, name: str, config_name: str | None) -> "ModelConfig":
-    from google.protobuf import text_format  # type: ignore[import-untyped]
-    from tritonclient.grpc.model_config_pb2 import ModelConfig
+    try:
+        from google.protobuf import text_format  # type: ignore[import-untyped]
+        from tritonclient.grpc.model_config_pb2 import ModelConfig
+    except ImportError as error:
+        raise MissingDependency("reading config.pbtxt needs tritonclient: pip install 'tuwen[serve]'") from error
 
     profile_path = repository / name / "configs" / f"{config_name}.pbtxt"
     path = profile_path if config_name and profile_path.is_file() else repository / name / "config.pbtxt"

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tuwen.errors import TuwenError
-from tuwen.serving.installation import BACKENDS, assemble_run_dir, find_installation, server_environment
+from tuwen.serving.installation import BACKENDS, Installation, assemble_run_dir, find_installation, server_environment
 from tuwen.serving.model_repository import built_ensembles, missing_files, model_names
 from tuwen.serving.server_log import explain_failed_start, last_meaningful_line
 from tuwen.serving.server_process import ServerProcess
@@ -67,7 +67,7 @@ class EmbeddedServer:
         """Nothing is touched before start().
 
         Args:
-            models: the models to load, with the parts of ensembles; None loads every ensemble that is built.
+            models: the models to load, with the parts of ensembles; none given: every ensemble that is built.
             log_path: Triton's log; None keeps it in a temporary folder, which an orderly stop removes.
             model_config_name: the profile: configs/NAME.pbtxt where a model has one, config.pbtxt elsewhere.
         """
@@ -124,11 +124,12 @@ class EmbeddedServer:
         """
         if self._process is not None:
             raise ServerError("this server has been started already: make a new EmbeddedServer")
+        installation = find_installation()
         models = self._choose_models()
         self._check_ports()
         started_at = time.monotonic()
         try:
-            self._process = self._launch(models)
+            self._process = self._launch(installation, models)
             self._await_ready(self._process, models, started_at + self._startup_timeout_s)
         except BaseException:
             self.stop(timeout_s=0)
@@ -168,7 +169,7 @@ class EmbeddedServer:
         if not present:
             what = "no model in this repository" if self._repository.is_dir() else "no such model repository"
             raise ServerError(f"{self._repository}: {what}; {_BUILD_HINT}")
-        if self._models is None:
+        if not self._models:
             models = built_ensembles(self._repository, model_config_name=self._model_config_name)
             if not models:
                 raise ServerError(f"{self._repository}: no ensemble is built yet; {_BUILD_HINT}")
@@ -198,8 +199,7 @@ class EmbeddedServer:
                         raise ServerError(f"port {port} is taken: choose another with {flag}") from error
                     raise ServerError(f"cannot listen on {self._host}:{port} ({flag}): {error.strerror}") from error
 
-    def _launch(self, models: list[str]) -> ServerProcess:
-        installation = find_installation()
+    def _launch(self, installation: Installation, models: list[str]) -> ServerProcess:
         self._state_dir = Path(tempfile.mkdtemp(prefix="tuwen-serve-"))
         run_dir = self._state_dir / "run"
         run_dir.mkdir()

@@ -1,0 +1,53 @@
+# make demo   a Chinese query finds the right picture: installs, builds, serves, searches
+# make test   everything that must hold, in under 40 minutes on two cores
+# Only Python 3.11 or later and make are needed; all else goes into .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --constraint constraints.txt
+QUERIES := 戴墨镜的笑脸 生日蛋糕 下雨 中国国旗 一只猫 红色的心
+
+.PHONY: demo test test-slow lint sample clean
+
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
+
+.venv/.serve: .venv/bin/pip pyproject.toml clients/python/pyproject.toml constraints.txt
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[serve,build]' --editable clients/python
+	@touch $@
+
+.venv/.dev: .venv/.serve
+	$(PIP) --editable '.[serve,build,dev]' --editable clients/python
+	@# Without its dependencies: torchvision does not import beside a CPU build of torch, and the tests stub it.
+	$(PIP) --no-deps cn-clip==1.6.0
+	@touch $@
+
+demo: .venv/.serve
+	$(BIN)/tuwen build --checkpoint samples/emoji_tiny
+	$(BIN)/tuwen search $(QUERIES) --serve --images samples/emoji_cn/valid_imgs.tsv --sheet demo/contact_sheet.png
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/tuwen render --check
+
+test: lint
+	$(BIN)/pytest
+
+# Full-size towers against the published implementations, and the real data build: about half an hour and 12 GB.
+test-slow: .venv/.dev
+	$(BIN)/pytest -m slow
+
+# Rebuilds data and sample checkpoint from scratch: about an hour on two cores.
+sample: .venv/.serve
+	$(BIN)/tuwen data emoji --out data/emoji_cn
+	$(BIN)/tuwen data lmdb --data data/emoji_cn
+	$(BIN)/tuwen train training/recipes/emoji_tiny.toml
+	$(BIN)/tuwen eval retrieval --checkpoint runs/emoji_tiny --data data/emoji_cn --split seen
+	$(BIN)/tuwen eval retrieval --checkpoint runs/emoji_tiny --data data/emoji_cn --split valid
+
+clean:
+	rm -rf .venv demo .mypy_cache .ruff_cache .pytest_cache
