@@ -1,6 +1,6 @@
 """Checkpoint -> served model: both towers to ONNX, checked against PyTorch, placed in the model repository.
 
-    tuwen build --checkpoint samples/emoji_tiny
+tuwen build --checkpoint samples/emoji_tiny
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def tokenize_text() -> Model:
         inputs=(_TEXT,),
         outputs=(_INPUT_IDS,),
         parameters=(("length_buckets", ",".join(map(str, LENGTH_BUCKETS))),),
-        purpose="Chinese text, UTF-8 -> input_ids [L]; L is the first of length_buckets that holds it. All models share it.",
+        purpose="Chinese text, UTF-8 -> input_ids [L], L the first of length_buckets that holds it. For all models.",
         change="Change here: length_buckets (the towers' batches are built per length), instance_group.",
     )
 
@@ -131,7 +131,7 @@ def preprocess_image(resolution: int) -> Model:
         outputs=(_pixel_values(resolution),),
         instances=2,
         parameters=(("resolution", str(resolution)),),
-        purpose=f"An encoded picture file -> pixel_values [3, {resolution}, {resolution}]. All models of this resolution share it.",
+        purpose=f"An encoded picture file -> pixel_values [3, {resolution}, {resolution}], for models of this size.",
         change="Change here: instance_group, one per core that may decode at once.",
     )
 

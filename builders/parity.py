@@ -72,7 +72,9 @@ def _inputs(spec: ModelSpec, kind: TowerKind) -> Iterator[Tensor]:
     if kind == "image":
         yield example_input(spec, kind, batch=1)
         yield example_input(spec, kind, batch=3)
-        pictures = [samples.image_bytes(image_id) for image_id in samples.image_ids[:: len(samples.image_ids) // NUM_REAL]]
+        pictures = [
+            samples.image_bytes(image_id) for image_id in samples.image_ids[:: len(samples.image_ids) // NUM_REAL]
+        ]
         for picture in pictures[:NUM_REAL]:
             yield torch.from_numpy(preprocess_image(picture, spec.vision.resolution))[None]
         return

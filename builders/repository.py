@@ -1,7 +1,7 @@
 """Render the model repository: which folder holds which config.pbtxt, and is what is committed still true?
 
-    tuwen render            write the configs that are committed
-    tuwen render --check    say which of them differ, and exit 1
+tuwen render            write the configs that are committed
+tuwen render --check    say which of them differ, and exit 1
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Retrieval recall of a checkpoint on a set of pairs.
 
-    tuwen eval retrieval --checkpoint samples/emoji_tiny --data samples/emoji_cn
+tuwen eval retrieval --checkpoint samples/emoji_tiny --data samples/emoji_cn
 """
 
 from __future__ import annotations

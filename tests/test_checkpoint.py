@@ -65,7 +65,9 @@ def test_a_failed_save_leaves_the_old_folder(small_model: ChineseCLIP, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["RN50", "ViT-B-16"])
-def test_the_official_file_loads_in_cn_clip_and_here(cn_clip: ModuleType, name: str, tmp_path: Path, monkeypatch) -> None:
+def test_the_official_file_loads_in_cn_clip_and_here(
+    cn_clip: ModuleType, name: str, tmp_path: Path, monkeypatch
+) -> None:
     spec = two_layers(name)
     monkeypatch.setitem(SPECS, name, spec)
     model, path = random_model(spec), tmp_path / "official.pt"

@@ -151,7 +151,7 @@ def test_a_cut_connection_is_resumed_where_it_broke(hub: FakeHub, tmp_path: Path
 
 def test_a_wrong_sha256_is_refused_and_removed(hub: FakeHub, tmp_path: Path) -> None:
     hub.sha256 = "f" * 64
-    with pytest.raises(DownloadFailed, match="SHA-256 is .*, the hub says ffff"):
+    with pytest.raises(DownloadFailed, match=r"SHA-256 is .*, the hub says ffff"):
         download("ViT-B-16", tmp_path / "weights")
     assert not (tmp_path / "weights" / SPECS_FILE).exists()
 
@@ -162,7 +162,7 @@ def test_an_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
     )
-    with pytest.raises(DownloadFailed, match="clip_cn_rn50.pt could not be fetched from Hugging Face: "):
+    with pytest.raises(DownloadFailed, match=r"clip_cn_rn50\.pt could not be fetched from Hugging Face: "):
         download("RN50", tmp_path)
 
 
@@ -195,7 +195,7 @@ def test_an_official_file_works_in_place_of_a_name_at_another_resolution(officia
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(InvalidInput, match="model 'ViT-X': .*ViT-B-16, ViT-L-14, ViT-L-14-336, ViT-H-14, RN50"):
+    with pytest.raises(InvalidInput, match=r"model 'ViT-X': .*ViT-B-16, ViT-L-14, ViT-L-14-336, ViT-H-14, RN50"):
         tuwen.load_from_name("ViT-X")
 
 

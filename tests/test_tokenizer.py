@@ -27,7 +27,19 @@ _RARE = "\U00020000\U0002b820\U0002ceaf㐀鿿豈\U0002f800가힣かなカナ\ue0
 def varied_lines(count: int) -> list[str]:
     """Deterministic mixtures of everything a search box sees, and much that it does not."""
     rng = random.Random(0)
-    parts = [*_CHINESE, *_TRADITIONAL, *_LATIN, *_EMOJI, *_PUNCTUATION, *_SPACES, *_RARE, "ＡＢＣ１２３", "ｶﾞ", "[CLS]", "##的"]
+    parts = [
+        *_CHINESE,
+        *_TRADITIONAL,
+        *_LATIN,
+        *_EMOJI,
+        *_PUNCTUATION,
+        *_SPACES,
+        *_RARE,
+        "ＡＢＣ１２３",
+        "ｶﾞ",
+        "[CLS]",
+        "##的",
+    ]
     lines = ["", " ", "[PAD][UNK][SEP][MASK]", "猫" * 500, "a" * 200, "a" * 201, "“引号”"]
     for _ in range(count // 2):
         lines.append("".join(rng.choices(parts, k=rng.randint(1, 30))))
@@ -83,7 +95,12 @@ def test_rows_are_padded_to_the_length_asked_for() -> None:
 
 @pytest.mark.parametrize(
     ("encoded", "reason"),
-    [(b"", "empty"), (" \u3000".encode(), "empty"), (b"\xff\xfe", "UTF-8"), (b"a" * (MAX_TEXT_CHARS + 1), "characters")],
+    [
+        (b"", "empty"),
+        (" \u3000".encode(), "empty"),
+        (b"\xff\xfe", "UTF-8"),
+        (b"a" * (MAX_TEXT_CHARS + 1), "characters"),
+    ],
 )
 def test_a_request_text_that_cannot_be_used_says_why(encoded: bytes, reason: str) -> None:
     with pytest.raises(InvalidInput, match=reason):

@@ -1,6 +1,6 @@
 """Train Chinese-CLIP from a recipe: pairs -> checkpoint folder, metrics.jsonl beside it.
 
-    tuwen train training/recipes/emoji_tiny.toml
+tuwen train training/recipes/emoji_tiny.toml
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def train(recipe: Recipe, on_step: Callable[[Progress], None] = lambda progress:
     """
     torch.manual_seed(recipe.run.seed)
     # channels_last makes the convolutions a quarter faster on CPU, and is what GPUs want too.
-    model = _initial_model(recipe).to(recipe.run.device).to(memory_format=torch.channels_last)
+    model = _initial_model(recipe).to(recipe.run.device)
+    model.visual = model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     valid_pairs = open_pairs(recipe.data.path, recipe.data.valid_split)
     train_pairs = open_pairs(recipe.data.path, recipe.data.train_split)
     batches = ImageBatches(train_pairs, recipe.data, model.spec.vision.resolution, recipe.optim.batch_size)

@@ -95,9 +95,9 @@ def progress_bar(description: str) -> Iterator[ProgressHook]:
 @data_app.command("emoji")
 def data_emoji(
     out: Out = Path("data/emoji_cn"),
-    packages: Annotated[
-        Path, typer.Option("--packages", help="Where the npm packages lie, or are fetched to.")
-    ] = Path(".cache/npm"),
+    packages: Annotated[Path, typer.Option("--packages", help="Where the npm packages lie, or are fetched to.")] = Path(
+        ".cache/npm"
+    ),
 ) -> None:
     """Make Emoji-CN: 1,852 emoji with Chinese names and tags, in three styles, one held out for validation."""
     from tuwen.data.emoji_cn import build_emoji_cn
@@ -112,7 +112,9 @@ def data_emoji(
 def data_lmdb(
     data: Data,
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write; default DATA/lmdb.")] = None,
-    split: Annotated[list[str] | None, typer.Option("--split", help="Which split; again for more; default all.")] = None,
+    split: Annotated[
+        list[str] | None, typer.Option("--split", help="Which split; again for more; default all.")
+    ] = None,
 ) -> None:
     """Pack TSV and JSONL files in Chinese-CLIP's LMDB layout."""
     from tuwen.data.lmdb import write_lmdb
@@ -175,7 +177,9 @@ def eval_retrieval(
 @app.command()
 def build(
     checkpoint: Checkpoint,
-    name: Annotated[str | None, typer.Option("--name", help="Name to serve under; default: the architecture's.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name to serve under; default: the architecture's.")
+    ] = None,
     model_version: Annotated[int, typer.Option("--version", help="Version folder; new weights go beside the old.")] = 1,
     repository: Repository = DEFAULT_REPOSITORY,
     as_json: Json = False,
@@ -284,7 +288,13 @@ def search(
         contact_sheet(queries, matches).save(sheet)
         stderr.print(f"{sheet} shows the matches", soft_wrap=True)
     if as_json:
-        found = {q: [{"name": m.picture.name, "cosine": m.cosine} for m in row] for q, row in zip(queries, matches)}
+        found = {
+            query: [{"name": match.picture.name, "cosine": match.cosine} for match in row]
+            for query, row in zip(queries, matches, strict=True)
+        }
+            q: [{"name": m.picture.name, "cosine": m.cosine} for m in row]
+            for q, row in zip(queries, matches, strict=True)
+        }
         print(json.dumps(found, ensure_ascii=False))
         return
     table = Table(title=f"{len(pictures)} pictures, model {served}", show_lines=True)
@@ -297,8 +307,9 @@ def search(
 
 def _gallery(path: Path) -> list[Picture]:
     """Pictures of a folder, named by path; or of a TSV, named by their captions where a JSONL lies beside it."""
-    from tuwen.data.pairs import iter_images, iter_texts
     from tuwen_client.search import Picture, read_folder
+
+    from tuwen.data.pairs import iter_images, iter_texts
 
     if path.suffix != ".tsv":
         return read_folder(path)

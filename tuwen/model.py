@@ -1,7 +1,7 @@
 """ChineseCLIP: the two towers and the space they meet in.
 
-    model = ChineseCLIP(get_spec("ViT-B-16"))
-    logits_per_image, logits_per_text = model.get_similarity(pixel_values, input_ids)
+model = ChineseCLIP(get_spec("ViT-B-16"))
+logits_per_image, logits_per_text = model.get_similarity(pixel_values, input_ids)
 """
 
 from __future__ import annotations

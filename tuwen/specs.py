@@ -37,8 +37,12 @@ class VisionSpec:
     head_width: int = 64
 
     def __post_init__(self) -> None:
-        if (self.kind == "vit") != isinstance(self.layers, int) or (self.kind == "vit") != (self.patch_size is not None):
-            raise InvalidInput(f"vision: a vit has an integer `layers` and a `patch_size`, a resnet neither; got {self}")
+        if (self.kind == "vit") != isinstance(self.layers, int) or (self.kind == "vit") != (
+            self.patch_size is not None
+        ):
+            raise InvalidInput(
+                f"vision: a vit has an integer `layers` and a `patch_size`, a resnet neither; got {self}"
+            )
         if self.resolution % self.downscale:
             raise InvalidInput(f"vision: resolution {self.resolution} is not a multiple of {self.downscale}")
 

@@ -70,7 +70,9 @@ class BertLayer(nn.Module):
     def __init__(self, spec: TextSpec) -> None:
         super().__init__()
         # Two plain containers, so that the keys read attention.self.query and intermediate.dense.
-        self.attention = nn.ModuleDict({"self": BertSelfAttention(spec), "output": BertResidual(spec.hidden_size, spec)})
+        self.attention = nn.ModuleDict(
+            {"self": BertSelfAttention(spec), "output": BertResidual(spec.hidden_size, spec)}
+        )
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(spec.hidden_size, spec.intermediate_size)})
         self.output = BertResidual(spec.intermediate_size, spec)
 
@@ -85,16 +87,22 @@ class BertEncoder(nn.Module):
     def __init__(self, spec: TextSpec) -> None:
         super().__init__()
         self.embeddings = BertEmbeddings(spec)
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(BertLayer(spec) for _ in range(spec.layers))})
+        layers = nn.ModuleList(BertLayer(spec) for _ in range(spec.layers))
+        self.encoder = nn.ModuleDict({"layer": layers})
         self.apply(_initialise)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         # (B, 1, 1, L), true where a key may be attended to; it broadcasts over heads and queries.
         mask = (input_ids != PAD_ID)[:, None, None, :]
         x = self.embeddings(input_ids)
-        for layer in self.encoder["layer"]:  # type: ignore[union-attr]
+        for layer in self._layers():
             x = layer(x, mask)
         return x
+
+    def _layers(self) -> nn.ModuleList:
+        layers = self.encoder["layer"]
+        assert isinstance(layers, nn.ModuleList)
+        return layers
 
 
 def _initialise(module: nn.Module) -> None:

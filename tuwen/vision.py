@@ -76,7 +76,8 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, spec: VisionSpec, embed_dim: int) -> None:
         super().__init__()
-        assert isinstance(spec.layers, int) and spec.patch_size is not None  # held by VisionSpec
+        assert isinstance(spec.layers, int)  # this and the next are held by VisionSpec
+        assert spec.patch_size is not None
         scale = spec.width**-0.5
         self.conv1 = nn.Conv2d(3, spec.width, kernel_size=spec.patch_size, stride=spec.patch_size, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(spec.width))
@@ -138,7 +139,7 @@ class AttentionPool2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(2).transpose(1, 2)
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding
-        batch, length, width = x.shape
+        batch, _, width = x.shape
 
         def split_heads(projected: Tensor) -> Tensor:
             return projected.view(batch, -1, self.num_heads, width // self.num_heads).transpose(1, 2)

@@ -1,7 +1,7 @@
 """Client of a Tuwen server: Chinese text and images to embeddings in one space, over gRPC.
 
-    from tuwen_client import Client
-    Client("localhost:8001").embed_text(["戴墨镜的笑脸"])
+from tuwen_client import Client
+Client("localhost:8001").embed_text(["戴墨镜的笑脸"])
 """
 
 from tuwen_client.client import Client

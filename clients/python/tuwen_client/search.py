@@ -50,7 +50,11 @@ def read_folder(folder: Path) -> list[Picture]:
 
 
 def rank_pictures(
-    client: Client, queries: Sequence[str], pictures: Sequence[Picture], k: int = 8, on_progress: ProgressHook | None = None
+    client: Client,
+    queries: Sequence[str],
+    pictures: Sequence[Picture],
+    k: int = 8,
+    on_progress: ProgressHook | None = None,
 ) -> list[list[Match]]:
     """The k best matches of each query, best first."""
     image_embeds = client.embed_images((picture.encoded for picture in pictures), on_progress)
@@ -90,5 +94,3 @@ def _paste(sheet: Image.Image, encoded: bytes, corner: tuple[int, int], size: in
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(FONT_PATH), size)
-
-
