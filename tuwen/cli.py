@@ -292,9 +292,6 @@ def search(
             query: [{"name": match.picture.name, "cosine": match.cosine} for match in row]
             for query, row in zip(queries, matches, strict=True)
         }
-            q: [{"name": m.picture.name, "cosine": m.cosine} for m in row]
-            for q, row in zip(queries, matches, strict=True)
-        }
         print(json.dumps(found, ensure_ascii=False))
         return
     table = Table(title=f"{len(pictures)} pictures, model {served}", show_lines=True)
