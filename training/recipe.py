@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tuwen.errors import InvalidInput
 from tuwen.specs import CONTEXT_LENGTH, get_spec
@@ -39,11 +40,14 @@ class DataSection(Section):
     cache_decoded: bool = False
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimSection(Section):
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=2)
     lr: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: float = Field(1e-6, gt=0)
     weight_decay: float = Field(0.2, ge=0)
     warmup_steps: int = Field(500, ge=0)
@@ -67,6 +71,12 @@ class AugmentSection(Section):
     blur: float = Field(0.0, ge=0, le=1)
     erase: float = Field(0.0, ge=0, le=1)
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_scale > self.max_scale:
+            raise ValueError(f"min_scale {self.min_scale} is above max_scale {self.max_scale}")
+        return self
+
 
 class RunSection(Section):
     out: Path
@@ -87,13 +97,15 @@ def load_recipe(path: Path) -> Recipe:
     """Read and validate a recipe.
 
     Raises:
-        InvalidInput: the file is missing, is no TOML, or has a wrong key or value; one sentence names the first.
+        InvalidInput: the file cannot be read, is no TOML, or has a wrong key or value; one sentence names the first.
     """
     try:
         with open(path, "rb") as file:
             values = tomllib.load(file)
     except FileNotFoundError:
         raise InvalidInput(f"{path}: there is no such recipe") from None
+    except OSError as error:
+        raise InvalidInput(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidInput(f"{path}: not valid TOML: {error}") from None
     try:

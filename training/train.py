@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class TrainingDiverged(TuwenError):
-    """The loss became NaN or infinite; the last good checkpoint is on disk."""
+    """The loss or its gradient became NaN or infinite; the checkpoint of the last validation is on disk."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def train(recipe: Recipe, on_step: Callable[[Progress], None] = lambda progress:
     After every validation the folder holds the newest weights, so a kill loses at most that interval.
     Raises:
         InvalidInput: the recipe's data or first checkpoint cannot be used.
-        TrainingDiverged: the loss became NaN or infinite.
+        TrainingDiverged: the loss or its gradient became NaN or infinite; no such weights are ever saved.
     """
     torch.manual_seed(recipe.run.seed)
     # channels_last makes the convolutions a quarter faster on CPU, and is what GPUs want too.
@@ -63,21 +63,21 @@ def train(recipe: Recipe, on_step: Callable[[Progress], None] = lambda progress:
     num_steps = recipe.optim.epochs * len(batches)
     optimizer = build_optimizer(model, recipe.optim)
     generator = torch.Generator().manual_seed(recipe.run.seed)
-    recipe.run.out.mkdir(parents=True, exist_ok=True)
+    recipe.run.out.parent.mkdir(parents=True, exist_ok=True)
     metrics_path = recipe.run.out.with_name(recipe.run.out.name + ".metrics.jsonl")
     metrics_path.write_text("", encoding="utf-8")
-    started, step, recall_at_10 = time.monotonic(), 0, math.nan
+    started, step, recall_at_10, saved = time.monotonic(), 0, math.nan, "no weights were saved yet"
     for epoch in range(recipe.optim.epochs):
         model.train()
         losses = []
         for batch in batches.epoch(recipe.run.seed, epoch):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, num_steps, recipe.optim)
-            loss = _step(model, batch, recipe, optimizer, generator)
             step += 1
-            if not math.isfinite(loss):
+            loss, grad_norm = _step(model, batch, recipe, optimizer, generator)
+            if not math.isfinite(loss + grad_norm):
                 raise TrainingDiverged(
-                    f"loss is {loss} at step {step} (epoch {epoch}); the last good weights are in {recipe.run.out}"
+                    f"loss is {loss}, its gradient's norm {grad_norm}, at step {step} (epoch {epoch + 1}); {saved}"
                 )
             losses.append(loss)
             on_step(Progress(step, num_steps, loss, recall_at_10))
@@ -98,6 +98,7 @@ def train(recipe: Recipe, on_step: Callable[[Progress], None] = lambda progress:
         with open(metrics_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         save_checkpoint(model, recipe.run.out, write_model_card(recipe, record))
+        saved = f"the last good weights are in {recipe.run.out}"
     return recipe.run.out
 
 
@@ -130,7 +131,8 @@ def learning_rate(step: int, num_steps: int, optim: OptimSection) -> float:
 
 def _step(
     model: ChineseCLIP, batch: Batch, recipe: Recipe, optimizer: torch.optim.AdamW, generator: torch.Generator
-) -> float:
+) -> tuple[float, float]:
+    """One update of the weights; returns the loss and its gradient's norm before clipping."""
     device = recipe.run.device
     pixel_values = normalize(augment(batch.pixels, recipe.augment, generator))
     pixel_values = pixel_values.to(device, memory_format=torch.channels_last)
@@ -138,11 +140,11 @@ def _step(
     loss = contrastive_loss(image_embeds, text_embeds, scale, batch.positives.to(device))
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.max_grad_norm)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.max_grad_norm)
     optimizer.step()
     with torch.no_grad():
         model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-    return float(loss.detach())
+    return float(loss.detach()), float(grad_norm)
 
 
 def normalize(pixels: Tensor) -> Tensor:

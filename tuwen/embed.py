@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tuwen.data.pairs import PairSet
+from tuwen.data.pairs import PairSet, TextRecord
 from tuwen.errors import InvalidInput
 from tuwen.image_transform import preprocess_image
 from tuwen.model import ChineseCLIP
@@ -19,6 +19,7 @@ from tuwen.tokenizer import default_tokenizer, normalize_text, pad_rows
 
 Embeddings = npt.NDArray[np.float32]
 RECALL_KS = (1, 5, 10)
+IMAGE_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,24 @@ class RetrievalScores:
         return (self.r1 + self.r5 + self.r10) / 3
 
 
-@torch.inference_mode()
 def embed_images(
-    model: ChineseCLIP, encoded: Iterator[bytes], batch_size: int = 64, on_batch: Callable[[int], None] | None = None
+    model: ChineseCLIP,
+    encoded: Iterator[bytes],
+    batch_size: int = IMAGE_BATCH_SIZE,
+    on_batch: Callable[[int], None] | None = None,
 ) -> Embeddings:
     """image_embeds float32 (N, D), unit length, of picture files; `on_batch` hears how many are done."""
+    resolution = model.spec.vision.resolution
+    return _embed_pixels(model, (preprocess_image(one, resolution) for one in encoded), batch_size, on_batch)
+
+
+@torch.inference_mode()
+def _embed_pixels(
+    model: ChineseCLIP, pixels: Iterator[Embeddings], batch_size: int, on_batch: Callable[[int], None] | None
+) -> Embeddings:
     rows: list[Embeddings] = []
     done = 0
-    while batch := [preprocess_image(one, model.spec.vision.resolution) for one in islice(encoded, batch_size)]:
+    while batch := list(islice(pixels, batch_size)):
         pixel_values = torch.from_numpy(np.stack(batch)).to(_device(model))
         rows.append(model.encode_image(pixel_values, normalize=True).float().cpu().numpy())
         done += len(batch)
@@ -76,25 +87,47 @@ def score_retrieval(
 ) -> dict[str, RetrievalScores]:
     """Both directions over a set of pairs: {"text_to_image": ..., "image_to_text": ...}.
 
-    Texts that describe no picture and pictures without a text are in the gallery but ask nothing.
+    Pictures without a text are in the gallery but ask nothing; texts that describe no picture take no part, as an
+    LMDB does not hold them.
     Raises:
-        InvalidInput: the set has fewer than 10 pictures or texts, so recall@10 means nothing.
+        InvalidInput: the set has fewer than 10 pictures or texts, so recall@10 means nothing; or a picture is
+            missing or broken, which the sentence names.
     """
     image_ids = pairs.image_ids
     texts = [record for record in pairs.texts if record.image_ids]
     if min(len(image_ids), len(texts)) < max(RECALL_KS):
         raise InvalidInput(f"retrieval: {len(image_ids)} pictures and {len(texts)} texts, expected at least 10 of each")
-    image_embeds = embed_images(model, (pairs.image_bytes(image_id) for image_id in image_ids), on_batch=on_batch)
+    relevant = _relevance(texts, image_ids)
+    image_embeds = _embed_pixels(model, _pixels(pairs, model.spec.vision.resolution), IMAGE_BATCH_SIZE, on_batch)
     text_embeds = embed_texts(model, [record.text for record in texts])
-    column = {image_id: index for index, image_id in enumerate(image_ids)}
-    relevant = np.zeros((len(texts), len(image_ids)), np.bool_)
-    for row, record in enumerate(texts):
-        relevant[row, [column[image_id] for image_id in record.image_ids]] = True
     scores = text_embeds @ image_embeds.T
     return {
         "text_to_image": _score(scores, relevant),
         "image_to_text": _score(scores.T[relevant.any(axis=0)], relevant.T[relevant.any(axis=0)]),
     }
+
+
+def _pixels(pairs: PairSet, resolution: int) -> Iterator[Embeddings]:
+    """pixel_values (3, R, R) of every picture, in the set's order."""
+    for image_id in pairs.image_ids:
+        encoded = pairs.image_bytes(image_id)
+        try:
+            pixel_values = preprocess_image(encoded, resolution)
+        except InvalidInput as error:
+            raise InvalidInput(f"picture {image_id}: {error}") from error
+        yield pixel_values
+
+
+def _relevance(texts: Sequence[TextRecord], image_ids: Sequence[int]) -> npt.NDArray[np.bool_]:
+    """Bool (T, N): does the text describe the picture?"""
+    column = {image_id: index for index, image_id in enumerate(image_ids)}
+    relevant = np.zeros((len(texts), len(image_ids)), np.bool_)
+    for row, record in enumerate(texts):
+        for image_id in record.image_ids:
+            if image_id not in column:  # an LMDB's pairs and pictures are two files
+                raise InvalidInput(f"text {record.text_id}: names picture {image_id}, which is not in the set")
+            relevant[row, column[image_id]] = True
+    return relevant
 
 
 def _score(scores: Embeddings, relevant: npt.NDArray[np.bool_]) -> RetrievalScores:

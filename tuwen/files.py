@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 from collections.abc import Iterator
@@ -32,11 +33,25 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace_folder(staging: Path, target: Path) -> None:
-    """Put the folder `staging` where `target` is; a kill between the two renames leaves the old as `.NAME.old`."""
+    """Put the folder `staging` where `target` is, in one step: at no moment is there neither the old nor the new."""
     staging.chmod(0o755)  # mkdtemp's folders are for their owner alone
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
+    if not target.exists():
+        os.replace(staging, target)
+    elif _exchange(staging, target):
+        shutil.rmtree(staging)
+    else:  # no such call on this system: two renames, and a kill between them leaves the old as .NAME.old
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(target, old)
-    os.replace(staging, target)
-    shutil.rmtree(old, ignore_errors=True)
+        os.replace(staging, target)
+        shutil.rmtree(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths atomically by Linux's renameat2; False where the system or the file system cannot."""
+    current_folder, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE; source: man 2 rename
+    try:
+        call = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError):
+        return False
+    return bool(call(current_folder, os.fsencode(one), current_folder, os.fsencode(other), exchange) == 0)
