@@ -16,7 +16,7 @@ from typing import Any
 
 from builders.onnx_export import OPSET, TOWERS, ExportFailed, TowerKind, export_tower
 from builders.parity import MAX_ABS_DIFF, MIN_COSINE, Parity, measure_parity
-from builders.repository import REPOSITORY_DIR, rendered_files, write_rendered
+from builders.repository import REPOSITORY_DIR, check_contract, rendered_files, write_rendered
 from tuwen import __version__
 from tuwen.checkpoint import load_checkpoint
 from tuwen.errors import InvalidInput
@@ -55,7 +55,8 @@ def build(
         model_version: the version folder; a fine-tuned checkpoint becomes 2 beside 1.
         on_stage: hears what is going on, a short phrase each time.
     Raises:
-        InvalidInput: the checkpoint cannot be read, or the version is no positive number.
+        InvalidInput: the checkpoint cannot be read, the version is no positive number, or the name is that of a
+            model with other tensors.
         ExportFailed: a tower cannot be exported, or differs from PyTorch.
     """
     if model_version < 1:
@@ -66,6 +67,7 @@ def build(
     model = load_checkpoint(checkpoint)
     name = name or model.spec.slug
     files = rendered_files(model.spec, name)
+    check_contract(files, repository)
     fingerprint = model_fingerprint(model.spec, model.state_dict())
     repository.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=repository) as staging_name:

@@ -102,7 +102,8 @@ def clean_graph(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _save(proto: onnx.ModelProto, path: Path) -> None:
-    if proto.ByteSize() > MAX_EMBEDDED_BYTES:
+    # Not ByteSize(), which serialises the whole message and fails on just the ones this is about.
+    if sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > MAX_EMBEDDED_BYTES:
         onnx.save_model(
             proto, path, save_as_external_data=True, all_tensors_to_one_file=True, location=f"{path.name}.data"
         )

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as pb
+
 from builders import configs
 from tuwen.errors import InvalidInput
 from tuwen.files import write_text
@@ -43,6 +46,33 @@ def rendered_files(spec: ModelSpec, name: str) -> dict[Path, str]:
     files |= {Path(model.name, "1", ".gitkeep"): "" for model in models[2:]}
     files[Path(preprocess.name, "1", "model.py")] = (REPOSITORY_DIR / _PREPROCESS_SOURCE).read_text(encoding="utf-8")
     return files
+
+
+def check_contract(files: dict[Path, str], repository: Path) -> None:
+    """Refuse to place a model under the configs of another: a build keeps those it finds, tuned by hand or not.
+
+    Raises:
+        InvalidInput: a config in `repository` is none, or has other tensors than the one in `files`.
+    """
+    for path, text in files.items():
+        target = repository / path
+        if path.name != "config.pbtxt" or not target.is_file():
+            continue
+        try:
+            found = _tensors(target.read_text(encoding="utf-8"))
+        except (text_format.ParseError, UnicodeDecodeError) as error:
+            raise InvalidInput(f"{target}: no Triton model config: {error}") from None
+        if found != (expected := _tensors(text)):
+            raise InvalidInput(
+                f"{target}: has {', '.join(found)}; the checkpoint needs {', '.join(expected)}. "
+                "A changed shape is another model: give it another --name"
+            )
+
+
+def _tensors(text: str) -> list[str]:
+    """Name and shape of every input and output of a config."""
+    config = text_format.Parse(text, pb.ModelConfig())
+    return [f"{one.name} {pb.DataType.Name(one.data_type)}{list(one.dims)}" for one in (*config.input, *config.output)]
 
 
 def committed_files() -> dict[Path, str]:

@@ -20,11 +20,11 @@ TEXTS = ["一只黑色的猫坐在红色的沙发上", "猫", "绿色的三角�
 
 def test_each_picture_has_its_own_row(small_model: ChineseCLIP) -> None:
     """A batch of one equals its row of a batch of N; float32 sums of other shapes differ by some 1e-7."""
-    encoded = list(shape_pairs().images.values())[:7]
-    together = embed_images(small_model, iter(encoded), batch_size=7)
+    encoded = list(shape_pairs().images.values())[:4]
+    together = embed_images(small_model, iter(encoded), batch_size=4)
     for row, picture in zip(together, encoded, strict=True):
         assert np.abs(embed_images(small_model, iter([picture]))[0] - row).max() <= 1e-5
-    assert len({tuple(row.round(4)) for row in together}) == 7
+    assert len({tuple(row.round(4)) for row in together}) == 4
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
@@ -69,8 +69,10 @@ def test_nothing_gives_no_rows(small_model: ChineseCLIP) -> None:
 
 def scores_by_hand(model: ChineseCLIP, pairs: MemoryPairs) -> dict[str, list[float]]:
     """recall@1, 5, 10 by sorting, one query at a time: {"text_to_image": [r1, r5, r10], "image_to_text": ...}."""
-    images = {one: embed_images(model, iter([encoded]))[0] for one, encoded in pairs.images.items()}
-    texts = {record.text_id: embed_texts(model, [record.text])[0] for record in pairs.texts if record.image_ids}
+    records = [record for record in pairs.texts if record.image_ids]
+    images = dict(zip(pairs.images, embed_images(model, iter(pairs.images.values())), strict=True))
+    text_embeds = embed_texts(model, [record.text for record in records])
+    texts = dict(zip((record.text_id for record in records), text_embeds, strict=True))
     belongs = {(record.text_id, image_id) for record in pairs.texts for image_id in record.image_ids}
     ranks: dict[str, list[int]] = {"text_to_image": [], "image_to_text": []}
     for text_id, text in texts.items():
@@ -111,7 +113,7 @@ def test_a_perfect_model_scores_one(small_model: ChineseCLIP, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("images", "texts", "reason"),
     [
-        (9, 25, "9 pictures and 9 texts, expected at least 10 of each"),
+        (9, 25, "9 pictures and 11 texts, expected at least 10 of each"),
         (20, 9, "20 pictures and 9 texts, expected at least 10 of each"),
         (20, 0, "20 pictures and 0 texts, expected at least 10 of each"),
     ],

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -61,17 +62,13 @@ def main() -> None:
     except Exception as error:
         if not _is_ours(error):
             raise
-        stderr.print(f"[red]error:[/red] {_escape(str(error))}", soft_wrap=True)
+        stderr.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
 
 
 def _is_ours(error: Exception) -> bool:
     """The library's errors, and the client's, which has a base class of its own and the same name."""
     return any(base.__name__ == "TuwenError" for base in type(error).__mro__)
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 @contextmanager
@@ -298,7 +295,7 @@ def search(
     table.add_column("query", style="bold", no_wrap=True)
     table.add_column("best matches, with cosine")
     for query, row in zip(queries, matches, strict=True):
-        table.add_row(query, "  ".join(f"{match.picture.name} [dim]{match.cosine:.2f}[/dim]" for match in row))
+        table.add_row(escape(query), "  ".join(f"{escape(match.picture.name)} [dim]{match.cosine:.2f}[/dim]" for match in row))
     stdout.print(table)
 
 

@@ -1,8 +1,13 @@
-"""What can go wrong between a client and a server: a closed set of errors."""
+"""What can go wrong between a client and a server: a closed set of errors.
+
+Every one carries the sentence of whoever found the fault and, after a call over many items, how far the call came.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -10,26 +15,36 @@ from tritonclient.utils import InferenceServerException
 
 
 class TuwenError(Exception):
-    """Base of all. After a call over many items it knows how far the call came.
+    """Base of all; raised as itself where a server answers with a fault of its own.
 
     Attributes:
+        message: the sentence alone.
         index: position of the item that failed; None where no single item is to blame.
-        partial: the rows that were finished, by position: float32 (D,) each.
+        item: what that item was, in a few words: a path, the head of a text, a picture's size.
+        partial: the rows that were finished, by position: float32 (D,) each. From an iterator, those that it
+            had not yet handed out.
     """
+
+    # Whether the item is worth a word in the sentence: it is not where any other would have failed as well.
+    blames_item: ClassVar[bool] = True
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
         self.index: int | None = None
+        self.item: str | None = None
         self.partial: Mapping[int, npt.NDArray[np.float32]] = {}
 
     @property
     def done(self) -> list[int]:
-        """Positions of the items that were finished."""
+        """Positions of the rows in `partial`."""
         return sorted(self.partial)
 
     def __str__(self) -> str:
-        return self.message if self.index is None else f"item {self.index}: {self.message}"
+        if self.index is None or not self.blames_item:
+            return self.message
+        item = f" ({self.item})" if self.item and self.item not in self.message else ""
+        return f"item {self.index}: {self.message}{item}"
 
 
 class InvalidInput(TuwenError):
@@ -39,49 +54,57 @@ class InvalidInput(TuwenError):
 class ServerUnavailable(TuwenError):
     """No server answers, or it went away. Nothing is wrong with the items."""
 
+    blames_item = False
+
 
 class DeadlineExceeded(TuwenError):
-    """An item took longer than `timeout_s`."""
+    """An item took longer than `timeout_s`, the time it waited for its turn in the server included."""
 
 
 class Overloaded(TuwenError):
     """The server's queue is full; try again later, or send less at a time."""
 
+    blames_item = False
+
 
 class ModelNotFound(TuwenError):
     """The server does not serve that model; the sentence lists those it does."""
 
+    blames_item = False
+
 
 class ModelChanged(TuwenError):
     """The server now embeds with another model than before: its vectors cannot be compared with the earlier ones."""
+
+    blames_item = False
 
 
 _BY_STATUS: dict[str, type[TuwenError]] = {
     "INVALID_ARGUMENT": InvalidInput,
     "OUT_OF_RANGE": InvalidInput,
     "UNAVAILABLE": ServerUnavailable,
+    "UNIMPLEMENTED": ServerUnavailable,  # something answers, but no Triton
     "CANCELLED": ServerUnavailable,
     "DEADLINE_EXCEEDED": DeadlineExceeded,
     "RESOURCE_EXHAUSTED": Overloaded,
     "NOT_FOUND": ModelNotFound,
 }
 
+# Triton's wrapping of a model's own sentence: "in ensemble 'x', [request id: <id_unknown>] <sentence>".
+_WRAPPING = re.compile(r"^(?:in ensemble '[^']*', )?(?:\[request id: [^\]]*\] )?")
+
 
 def from_triton(error: InferenceServerException) -> TuwenError:
     """The error of this module that an exception of tritonclient stands for, with the server's sentence."""
     status = (error.status() or "").removeprefix("StatusCode.")
     message = error.message() or "the server gave no reason"
-    # Triton 2.51 reports a full queue as UNAVAILABLE; source: its dynamic_batch_scheduler.
-    if status == "UNAVAILABLE" and "queue" in message.lower():
-        return Overloaded(message)
-    if status == "UNAVAILABLE":
-        return ServerUnavailable(f"no server answers: {message}")
-    if status == "DEADLINE_EXCEEDED":
+    sentence = _WRAPPING.sub("", message)
+    kind = _BY_STATUS.get(status, TuwenError)
+    # Triton 2.51 reports a full queue under the status of a server that is gone.
+    if "Exceeds maximum queue size" in message:
+        kind = Overloaded
+    if kind is DeadlineExceeded:
         return DeadlineExceeded("the server did not answer in time")
-    return _BY_STATUS.get(status, TuwenError)(_own_sentence(message))
-
-
-def _own_sentence(message: str) -> str:
-    """Without Triton's wrapping: "in ensemble 'x', <sentence>"."""
-    head, comma, rest = message.partition("', ")
-    return rest if comma and head.startswith("in ensemble '") else message
+    if kind is ServerUnavailable and sentence == message:  # gRPC's own words: no server said this
+        return ServerUnavailable(f"no server answers: {message}")
+    return kind(sentence)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,31 +14,75 @@ from tuwen_client.errors import InvalidInput
 
 ImageLike: TypeAlias = "str | Path | bytes | Image.Image | npt.NDArray[np.uint8]"
 
+# Lossless, and in the picture's own mode: the server resizes in that mode, so a conversion here would move pixels.
+# WebP where it can be: for a photograph of 640 x 480, 16 ms to encode and 11 to decode, against PNG's 47 and 15 at
+# its fastest level, at the same size. `exact` keeps the colours under transparency, which the server drops.
+_WEBP: dict[str, Any] = {"format": "WEBP", "lossless": True, "quality": 0, "method": 0, "exact": True}
+_PNG: dict[str, Any] = {"format": "PNG", "compress_level": 1}
+_TIFF: dict[str, Any] = {"format": "TIFF"}
+_ENCODINGS = {"RGB": _WEBP} | dict.fromkeys(("1", "L", "LA", "P", "RGBA", "I;16"), _PNG)
+_ENCODINGS |= dict.fromkeys(("CMYK", "YCbCr", "LAB", "PA"), _TIFF)  # neither WebP nor PNG holds these
+_MAX_WEBP_SIDE = 16_383  # source: the WebP container specification
+
 
 def encode_image_file(image: ImageLike) -> bytes:
-    """The file to send: bytes as they are, a path's content, a picture or array losslessly as PNG.
+    """The file to send: bytes as they are, a path's content, a picture or array losslessly encoded.
 
     Args:
-        image: encoded bytes, a path, a PIL image, or uint8 (H, W, 3), (H, W, 4) or (H, W).
+        image: encoded bytes, a path, a PIL image, or uint8 (H, W, 3), (H, W, 4), (H, W, 1) or (H, W).
     Raises:
-        InvalidInput: the path cannot be read, or the array or object is none of these.
+        InvalidInput: the path cannot be read, nothing is in it, or the array or object is none of these.
     """
     if isinstance(image, bytes):
-        return image
+        encoded = image
+    elif isinstance(image, (str, Path)):
+        encoded = _read(Path(image))
+    elif isinstance(image, np.ndarray):
+        encoded = _encode(_from_array(image))
+    elif isinstance(image, Image.Image):
+        encoded = _encode(image)
+    else:
+        kind = type(image).__name__
+        raise InvalidInput(f"a {kind} is no image; expected a path, bytes, a PIL image or a uint8 array")
+    if not encoded:
+        raise InvalidInput("image is empty, expected an encoded picture file")
+    return encoded
+
+
+def describe_image(image: object) -> str:
+    """A few words that tell one image from another in an error."""
     if isinstance(image, (str, Path)):
-        try:
-            return Path(image).read_bytes()
-        except OSError as error:
-            raise InvalidInput(f"{image}: {error.strerror or error}") from error
+        return str(image)
+    if isinstance(image, bytes):
+        return f"{len(image)} bytes"
     if isinstance(image, np.ndarray):
-        image = _from_array(image)
+        return f"{image.dtype} array {image.shape}"
     if isinstance(image, Image.Image):
-        file = io.BytesIO()
-        # PNG holds neither CMYK nor YCbCr; level 1 is four times faster than the default and a tenth larger.
-        picture = image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else image.convert("RGB")
-        picture.save(file, "PNG", compress_level=1)
-        return file.getvalue()
-    raise InvalidInput(f"a {type(image).__name__} is no image; expected a path, bytes, a PIL image or a uint8 array")
+        return f"{image.mode} picture of {image.width} x {image.height}"
+    return type(image).__name__
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise InvalidInput(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _encode(picture: Image.Image) -> bytes:
+    if 0 in picture.size:
+        raise InvalidInput(f"picture has {picture.width} x {picture.height} pixels, expected at least 1 x 1")
+    options = _ENCODINGS.get(picture.mode)
+    if options is None:
+        raise InvalidInput(f"picture has mode {picture.mode}, expected one of {', '.join(_ENCODINGS)}: convert it")
+    if options is _WEBP and max(picture.size) > _MAX_WEBP_SIDE:
+        options = _PNG
+    file = io.BytesIO()
+    try:
+        picture.save(file, **options)
+    except (OSError, SyntaxError, ValueError) as error:  # a lazily opened file is decoded here, and may be broken
+        raise InvalidInput(f"picture cannot be encoded: {error}") from error
+    return file.getvalue()
 
 
 def _from_array(array: npt.NDArray[np.uint8]) -> Image.Image:

@@ -1,0 +1,49 @@
+"""Every gRPC status becomes the right error, with the server's own sentence."""
+
+from __future__ import annotations
+
+import pytest
+from tritonclient.utils import InferenceServerException
+
+from tuwen_client import (
+    Client,
+    DeadlineExceeded,
+    InvalidInput,
+    ModelNotFound,
+    Overloaded,
+    ServerUnavailable,
+    TuwenError,
+)
+from tuwen_client.errors import from_triton
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "kind", "shown"),
+    [
+        ("INVALID_ARGUMENT", "text is empty", InvalidInput, "text is empty"),
+        ("INVALID_ARGUMENT", "in ensemble 'a_text', text is empty", InvalidInput, "text is empty"),
+        ("UNAVAILABLE", "failed to connect to all addresses", ServerUnavailable, "no server answers: failed"),
+        ("UNAVAILABLE", "Exceeds maximum queue size", Overloaded, "Exceeds maximum queue size"),
+        ("RESOURCE_EXHAUSTED", "too much", Overloaded, "too much"),
+        ("DEADLINE_EXCEEDED", "Deadline Exceeded", DeadlineExceeded, "did not answer in time"),
+        ("NOT_FOUND", "unknown model", ModelNotFound, "unknown model"),
+        ("INTERNAL", "stub process is not healthy", TuwenError, "stub process is not healthy"),
+    ],
+)
+def test_a_status_becomes_its_error(status: str, message: str, kind: type[TuwenError], shown: str) -> None:
+    error = from_triton(InferenceServerException(message, status=f"StatusCode.{status}"))
+    assert type(error) is kind
+    assert shown in str(error)
+
+
+def test_an_error_says_which_item_and_which_are_done() -> None:
+    error = InvalidInput("text is empty")
+    error.index, error.partial = 4, {2: None, 0: None}  # type: ignore[dict-item]
+    assert str(error) == "item 4: text is empty"
+    assert error.done == [0, 2]
+
+
+@pytest.mark.parametrize(("option", "value"), [("max_in_flight", 0), ("timeout_s", 0)])
+def test_an_option_that_cannot_work_is_refused(option: str, value: int) -> None:
+    with pytest.raises(InvalidInput, match=f"{option} is 0"):
+        Client(**{option: value})  # type: ignore[arg-type]
