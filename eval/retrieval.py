@@ -13,6 +13,7 @@ from typing import Any
 from tuwen.checkpoint import load_checkpoint
 from tuwen.data.pairs import open_pairs
 from tuwen.embed import score_retrieval
+from tuwen.model import resolve_device
 
 
 def evaluate_checkpoint(
@@ -27,7 +28,7 @@ def evaluate_checkpoint(
     Raises:
         InvalidInput: the checkpoint or the data cannot be read.
     """
-    model = load_checkpoint(checkpoint).to(device)
+    model = load_checkpoint(checkpoint).to(resolve_device(device))
     pairs = open_pairs(data, split)
     num_images = len(pairs.image_ids)
     scores = score_retrieval(model, pairs, on_batch=lambda done: on_progress(done, num_images))

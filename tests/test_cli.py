@@ -108,11 +108,7 @@ def test_an_error_is_one_line_on_stderr(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        pytest.param(
-            "eval retrieval --checkpoint nowhere --data nowhere",
-            "nowhere: there is no such checkpoint",
-            marks=pytest.mark.xfail(reason="rich's Progress ends with an empty line off a terminal", strict=True),
-        ),
+        ("eval retrieval --checkpoint nowhere --data nowhere", "nowhere: there is no such checkpoint"),
         ("build --checkpoint nowhere --repository served", "nowhere: there is no such checkpoint"),
         ("build --checkpoint nowhere --repository served --version 0", "version 0: expected 1 or more"),
         ("render --check --repository nowhere", "nowhere: tokenize_text/config.pbtxt, "),

@@ -13,14 +13,21 @@ import typer
 from tuwen.cli import app
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "Makefile", *ROOT.glob("samples/*/README.md")]
+DOCUMENTS = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "Makefile",
+    *ROOT.glob("samples/*/README.md"),
+]
 
 
 def commands() -> list[str]:
     """Every `tuwen ...` line of a code block, of a Makefile rule, or of inline code that has arguments."""
     found = []
     for document in DOCUMENTS:
-        text = document.read_text(encoding="utf-8").replace("\\\n", " ").replace("$(BIN)/", "").replace("$(QUERIES)", "猫")
+        text = (
+            document.read_text(encoding="utf-8").replace("\\\n", " ").replace("$(BIN)/", "").replace("$(QUERIES)", "猫")
+        )
         found += re.findall(r"^\s*(tuwen [a-z][^\n#&|]*)", text, flags=re.MULTILINE)
         found += [command for command in re.findall(r"`(tuwen [^`\n]+)`", text) if "..." not in command]
     return sorted({command.strip() for command in found})

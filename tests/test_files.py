@@ -50,8 +50,13 @@ def test_a_folder_appears_where_there_was_none(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_text(path, "old")
-    with pytest.raises(OSError, match="disk"), atomic_file(path) as file:
-        file.write(b"half")
-        raise OSError("disk full")
+
+    def fill_the_disk() -> None:
+        with atomic_file(path) as file:
+            file.write(b"half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fill_the_disk()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]

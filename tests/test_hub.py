@@ -199,5 +199,12 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         tuwen.load_from_name("ViT-X")
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_here_is_one_sentence(device: str, small_model, tmp_path: Path) -> None:
+    save_checkpoint(small_model, tmp_path / "mine")
+    with pytest.raises(InvalidInput, match=f"device '{device}' cannot be used here: "):
+        tuwen.load_from_name(str(tmp_path / "mine"), device=device)
+
+
 def test_available_models_are_the_published_five() -> None:
     assert sorted(tuwen.available_models()) == ["RN50", "ViT-B-16", "ViT-H-14", "ViT-L-14", "ViT-L-14-336"]

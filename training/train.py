@@ -25,7 +25,7 @@ from tuwen.checkpoint import load_checkpoint, save_checkpoint
 from tuwen.data.pairs import open_pairs
 from tuwen.embed import score_retrieval
 from tuwen.errors import InvalidInput, TuwenError
-from tuwen.model import MAX_LOGIT_SCALE, ChineseCLIP
+from tuwen.model import MAX_LOGIT_SCALE, ChineseCLIP, resolve_device
 from tuwen.specs import IMAGE_MEAN, IMAGE_STD, get_spec
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def train(recipe: Recipe, on_step: Callable[[Progress], None] = lambda progress:
     """
     torch.manual_seed(recipe.run.seed)
     # channels_last makes the convolutions a quarter faster on CPU, and is what GPUs want too.
-    model = _initial_model(recipe).to(recipe.run.device)
+    model = _initial_model(recipe).to(resolve_device(recipe.run.device))
     model.visual = model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     valid_pairs = open_pairs(recipe.data.path, recipe.data.valid_split)
     train_pairs = open_pairs(recipe.data.path, recipe.data.train_split)

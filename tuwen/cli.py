@@ -35,7 +35,8 @@ eval_app = typer.Typer(help="Measure a checkpoint.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
 
-stdout, stderr = Console(), Console(stderr=True)
+# No emoji codes: ":smile:" in a caption or an error stays what it is.
+stdout, stderr = Console(emoji=False), Console(stderr=True, emoji=False, highlight=False)
 
 
 class ProgressHook(Protocol):
@@ -77,7 +78,7 @@ def progress_bar(description: str) -> Iterator[ProgressHook]:
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     )  # fmt: skip
-    with Progress(*columns, console=stderr, transient=True) as progress:
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         task = progress.add_task(description, total=None)
 
         def report(done: int, total: int, what: str = "") -> None:
@@ -295,7 +296,9 @@ def search(
     table.add_column("query", style="bold", no_wrap=True)
     table.add_column("best matches, with cosine")
     for query, row in zip(queries, matches, strict=True):
-        table.add_row(escape(query), "  ".join(f"{escape(match.picture.name)} [dim]{match.cosine:.2f}[/dim]" for match in row))
+        table.add_row(
+            escape(query), "  ".join(f"{escape(match.picture.name)} [dim]{match.cosine:.2f}[/dim]" for match in row)
+        )
     stdout.print(table)
 
 
@@ -309,8 +312,9 @@ def _gallery(path: Path) -> list[Picture]:
         return read_folder(path)
     texts_path = path.with_name(path.name.replace("_imgs.tsv", "_texts.jsonl"))
     texts = list(iter_texts(texts_path)) if texts_path.is_file() else []
-    # Of a picture's captions, the one that describes fewest others is its name.
-    captions = {i: text.text for text in sorted(texts, key=lambda t: -len(t.image_ids)) for i in text.image_ids}
+    # A picture's name is the caption that describes fewest others, the first of such: the later in this order wins.
+    by_reach = sorted(reversed(texts), key=lambda text: -len(text.image_ids))
+    captions = {image_id: text.text for text in by_reach for image_id in text.image_ids}
     return [Picture(captions.get(one.image_id, str(one.image_id)), one.encoded) for one in iter_images(path)]
 
 

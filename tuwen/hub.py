@@ -20,7 +20,7 @@ from torch import Tensor
 from tuwen.checkpoint import load_checkpoint
 from tuwen.errors import InvalidInput, MissingDependency, TuwenError
 from tuwen.image_transform import transform_image
-from tuwen.model import ChineseCLIP
+from tuwen.model import ChineseCLIP, resolve_device
 from tuwen.specs import CONTEXT_LENGTH, get_spec
 from tuwen.tokenizer import default_tokenizer
 
@@ -87,8 +87,7 @@ def load_from_name(
     model = load_checkpoint(path, spec)
     if input_resolution is not None and input_resolution != model.spec.vision.resolution:
         model = load_checkpoint(path, model.spec.with_resolution(input_resolution))
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device, dtype), image_transform(model.spec.vision.resolution)
+    return model.to(resolve_device(device), dtype), image_transform(model.spec.vision.resolution)
 
 
 def image_transform(image_size: int = 224) -> Callable[[Image.Image], Tensor]:

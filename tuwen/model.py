@@ -12,11 +12,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tuwen.errors import InvalidInput
 from tuwen.specs import ModelSpec
 from tuwen.text import BertEncoder
 from tuwen.vision import build_vision_tower
 
 MAX_LOGIT_SCALE = math.log(100)  # the trainer clamps the learned log to [0, ln 100]; source: Chinese-CLIP train.py
+
+
+def resolve_device(name: str | torch.device | None) -> torch.device:
+    """The device of that name, by default cuda where there is one, else cpu.
+
+    Raises:
+        InvalidInput: no such kind of device, or this machine has none.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InvalidInput(f"device {str(name)!r} cannot be used here: {reason}") from None
+    return device
 
 
 class ChineseCLIP(nn.Module):

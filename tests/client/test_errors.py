@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from tritonclient.utils import InferenceServerException
-
 from tuwen_client import (
     Client,
     DeadlineExceeded,

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-
 from tuwen_client import InvalidInput
 from tuwen_client.images import encode_image_file
 from tuwen_client.search import Match, Picture, contact_sheet, read_folder
@@ -49,7 +48,9 @@ def test_a_folder_is_read_in_order_of_its_paths(tmp_path: Path) -> None:
 
 def test_the_contact_sheet_shows_titles_and_pictures() -> None:
     red = encode_image_file(Image.new("RGB", (30, 20), "red"))
-    sheet = contact_sheet(["戴墨镜的笑脸", "猫"], [[Match(Picture("red", red), 0.5)] * 3, [Match(Picture("red", red), 0.1)]])
+    sheet = contact_sheet(
+        ["戴墨镜的笑脸", "猫"], [[Match(Picture("red", red), 0.5)] * 3, [Match(Picture("red", red), 0.1)]]
+    )
     array = np.array(sheet)
     reddish = (array[..., 0] > 200) & (array[..., 1] < 50) & (array[..., 2] < 50)
     assert reddish.sum() == pytest.approx(4 * 96 * 64, rel=0.1)
@@ -59,7 +60,6 @@ def test_the_contact_sheet_shows_titles_and_pictures() -> None:
 
 def test_every_character_of_the_sample_captions_is_in_the_font() -> None:
     from PIL import ImageFont
-
     from tuwen_client.search import FONT_PATH
 
     captions = (Path(__file__).parent.parent.parent / "samples/emoji_cn/valid_texts.jsonl").read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tuwen_client import Client
 
 from builders.build import build
 from tuwen.checkpoint import load_checkpoint
@@ -14,7 +15,6 @@ from tuwen.data.pairs import PairSet, open_pairs
 from tuwen.model import ChineseCLIP
 from tuwen.serving.ports import free_ports
 from tuwen.serving.server import EmbeddedServer
-from tuwen_client import Client
 
 ROOT = Path(__file__).parent.parent.parent
 SAMPLE_CHECKPOINT = ROOT / "samples" / "emoji_tiny"

@@ -9,11 +9,11 @@ import pytest
 import tritonclient.grpc as triton
 from PIL import Image
 from tritonclient.utils import InferenceServerException
+from tuwen_client import Client, InvalidInput
 
 from tests.test_image_transform import png_header
 from tuwen.data.pairs import PairSet
 from tuwen.serving.server import EmbeddedServer
-from tuwen_client import Client, InvalidInput
 
 pytestmark = pytest.mark.triton
 
@@ -77,7 +77,9 @@ def test_a_bad_request_fails_alone_with_its_sentence(
         # The bad request is in the middle of the good ones, so that it shares batches with them.
         def slip_in(done: int) -> None:
             if done in (1, 10, 20):
-                raw.async_infer(f"tiny_rn_{side}", [bad], callback=lambda result, error: outcomes.append(error or result))
+                raw.async_infer(
+                    f"tiny_rn_{side}", [bad], callback=lambda result, error: outcomes.append(error or result)
+                )
 
         rows = embed(goods, on_progress=slip_in)
         with pytest.raises(InferenceServerException, match=sentence) as raised:

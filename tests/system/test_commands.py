@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tuwen_client import Client
 
 from tests.system.conftest import SAMPLE_DATA, Ports, some_ports
 from tuwen.data.pairs import PairSet
 from tuwen.serving.server import EmbeddedServer
-from tuwen_client import Client
 
 pytestmark = pytest.mark.triton
 

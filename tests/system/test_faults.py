@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from tuwen_client import Client, DeadlineExceeded, ModelChanged, ServerUnavailable
 
 from builders.build import build
 from tests.conftest import SMALL_SPECS, random_model
 from tests.system.conftest import some_ports
 from tuwen.checkpoint import save_checkpoint
 from tuwen.serving.server import EmbeddedServer
-from tuwen_client import Client, DeadlineExceeded, ModelChanged, ServerUnavailable
 
 pytestmark = pytest.mark.triton
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 from PIL import Image
+from tuwen_client import Client, ModelNotFound
 
 from builders.repository import REPOSITORY_DIR
 from tuwen.data.pairs import PairSet
@@ -17,7 +18,6 @@ from tuwen.embed import embed_images, embed_texts
 from tuwen.fingerprint import model_fingerprint
 from tuwen.model import ChineseCLIP
 from tuwen.serving.server import EmbeddedServer
-from tuwen_client import Client, ModelNotFound
 
 pytestmark = pytest.mark.triton
 

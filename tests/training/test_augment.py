@@ -107,6 +107,15 @@ def test_warps_move_the_ink_and_keep_it(setting: str) -> None:
     assert ink == pytest.approx(torch.full((16,), 8.0 * 12.0), rel=0.1)  # area is kept, but for bilinear edges
 
 
+def test_a_turned_picture_is_scaled_both_ways() -> None:
+    """Turning and scaling at once keep shapes: a square of 16 at half size has an area of 64 at any angle."""
+    pixels = torch.ones(16, 3, SIDE, SIDE)
+    pixels[:, :, 8:24, 8:24] = 0
+    settings = AugmentSection(rotate_degrees=180, min_scale=0.5, max_scale=0.5)
+    area = (1 - augment(pixels, settings, seeded())[:, 0]).sum(dim=(1, 2))
+    assert area == pytest.approx(torch.full((16,), 64.0), rel=0.1)  # bilinear edges
+
+
 def test_left_and_right_stay_apart_in_the_recipe_that_ships() -> None:
     """左 and 右 are different captions: nothing mirrors."""
     recipe = load_recipe(EMOJI_TINY).augment.model_copy(update={"erase": 0.0, "brightness": 0.0, "contrast": 0.0})
@@ -191,6 +200,8 @@ def test_blur_spreads_a_dot_over_its_neighbours() -> None:
     after = augment(pixels, AugmentSection(blur=1), seeded())
     assert after[:, :, 15:18, 15:18].sum(dim=(2, 3)) == pytest.approx(torch.ones(2, 3), abs=1e-4)
     assert after[:, :, 16, 16] == pytest.approx(torch.full((2, 3), 0.25), abs=1e-4)
+    plain = torch.full((2, 3, SIDE, SIDE), 0.4)  # the border is blurred with itself, not with black
+    assert (augment(plain, AugmentSection(blur=1), seeded()) - plain).abs().max() <= 1e-5
 
 
 def test_erase_paints_one_rectangle_of_one_colour() -> None:

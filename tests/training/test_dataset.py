@@ -100,6 +100,7 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
     assert order(3, 1) == order(3, 1)
     assert order(3, 1) != order(3, 2)
     assert order(3, 1) != order(4, 1)
+    assert order(3, 1) != order(2, 2)  # runs of neighbouring seeds share no epoch
     once = batches_of(pairs, 5)
     list(once.epoch(3, 0))
     second = next(once.epoch(3, 1))
