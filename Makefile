@@ -46,8 +46,9 @@ sample: .venv/.serve
 	$(BIN)/tuwen data emoji --out data/emoji_cn
 	$(BIN)/tuwen data lmdb --data data/emoji_cn
 	$(BIN)/tuwen train training/recipes/emoji_tiny.toml
-	$(BIN)/tuwen eval retrieval --checkpoint runs/emoji_tiny --data data/emoji_cn --split seen
-	$(BIN)/tuwen eval retrieval --checkpoint runs/emoji_tiny --data data/emoji_cn --split valid
+	$(BIN)/tuwen train training/recipes/emoji_tiny_queries.toml
+	$(BIN)/tuwen eval retrieval --checkpoint runs/emoji_tiny_queries --data data/emoji_cn --split seen
+	$(BIN)/tuwen eval retrieval --checkpoint runs/emoji_tiny_queries --data data/emoji_cn --split valid
 
 clean:
 	rm -rf .venv demo .mypy_cache .ruff_cache .pytest_cache

@@ -15,7 +15,13 @@ from training.recipe import DataSection
 from tuwen.data.pairs import PairSet
 from tuwen.errors import InvalidInput
 from tuwen.image_transform import decode_image, resize_image
+from tuwen.specs import CLS_ID, SEP_ID
 from tuwen.tokenizer import default_tokenizer, normalize_text, pad_rows
+
+# What stands between two captions that are joined.
+_GLUE = ("", "的", "，")
+# A short caption without one of its tokens is another caption.
+_MIN_WORDS_TO_DROP = 4
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class ImageBatches:
             )
         tokenizer = default_tokenizer()
         self.text_ids = [tokenizer.encode_ids(normalize_text(record.text), data.context_length) for record in texts]
+        self._glue = [tokenizer.encode_ids(glue)[1:-1] for glue in _GLUE]
         self._decoded: dict[int, npt.NDArray[np.uint8]] = {}
 
     def __len__(self) -> int:
@@ -62,18 +69,31 @@ class ImageBatches:
             yield self._batch(order[start : start + self.batch_size], rng)
 
     def _batch(self, image_ids: list[int], rng: random.Random) -> Batch:
-        drawn: dict[int, None] = {}  # keeps its order, and each caption once
+        drawn: dict[tuple[int, ...], frozenset[int]] = {}  # keeps its order, and each caption once
         for image_id in image_ids:
             texts = self.texts_of_image[image_id]
-            drawn |= dict.fromkeys(rng.sample(texts, min(len(texts), self.data.captions_per_image)))
-        rows = [self.text_ids[index] for index in drawn]
-        positives = [[image_id in self.images_of_text[index] for index in drawn] for image_id in image_ids]
+            for index in rng.sample(texts, min(len(texts), self.data.captions_per_image)):
+                input_ids, described = self._vary(index, texts, rng)
+                drawn[input_ids] = drawn.get(input_ids, frozenset()) | described
+        rows = list(drawn)
+        positives = [[image_id in described for described in drawn.values()] for image_id in image_ids]
         pixels = np.stack([self._pixels(image_id) for image_id in image_ids])
         return Batch(
             pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255,
             input_ids=torch.from_numpy(pad_rows(rows, max(map(len, rows)))),
             positives=torch.tensor(positives),
         )
+
+    def _vary(self, index: int, texts: list[int], rng: random.Random) -> tuple[tuple[int, ...], frozenset[int]]:
+        """A caption as it is shown this time, and the pictures it describes: joined, shortened, or as it is."""
+        words, described = self.text_ids[index][1:-1], self.images_of_text[index]
+        if self.data.join_captions and rng.random() < self.data.join_captions:
+            other = rng.choice(texts)
+            words = [*words, *rng.choice(self._glue), *self.text_ids[other][1:-1]]
+            described &= self.images_of_text[other]
+        if self.data.drop_tokens and len(words) >= _MIN_WORDS_TO_DROP:
+            words = [word for word in words if rng.random() >= self.data.drop_tokens] or words
+        return (CLS_ID, *words[: self.data.context_length - 2], SEP_ID), described
 
     def _pixels(self, image_id: int) -> npt.NDArray[np.uint8]:
         """uint8 (R, R, 3)."""

@@ -35,6 +35,11 @@ class DataSection(Section):
     valid_split: str = "valid"
     # Captions drawn per picture and step; all of one picture's captions are its positives.
     captions_per_image: int = Field(1, ge=1)
+    # How often a caption is joined with another of the same picture, as people put words together in a query; it
+    # then describes only the pictures that both describe.
+    join_captions: float = Field(0.0, ge=0, le=1)
+    # How often each token of a longer caption is left out.
+    drop_tokens: float = Field(0.0, ge=0, lt=1)
     context_length: int = Field(CONTEXT_LENGTH, ge=3)
     # Keep every decoded picture in memory (R x R x 3 bytes each): for small sets, where decoding would repeat.
     cache_decoded: bool = False

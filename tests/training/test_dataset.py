@@ -136,6 +136,42 @@ def test_the_cache_saves_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(decoded) == expected
 
 
+def test_a_joined_caption_describes_what_both_its_parts_describe() -> None:
+    pairs = shape_pairs()
+    body = {record: tuple(default_tokenizer().encode_ids(record.text)[1:-1]) for record in pairs.texts}
+    glues = [tuple(default_tokenizer().encode_ids(glue)[1:-1]) for glue in ("", "的", "，")]
+    splits: dict[tuple[int, ...], set[int]] = {}
+    for one, words in body.items():
+        for other, more in body.items():
+            for glue in glues:
+                both = set(one.image_ids) & set(other.image_ids)
+                splits.setdefault(words + glue + more, set()).update(both)
+    for batch in batches_of(pairs, 10, captions_per_image=2, join_captions=1.0).epoch(0, 0):
+        rows = image_ids(batch, pairs)
+        assert batch.input_ids.shape[0] == batch.positives.shape[1]
+        for ids, column in zip(batch.input_ids.tolist(), batch.positives.T.tolist(), strict=True):
+            joined = tuple(value for value in ids if value)[1:-1]
+            assert column == [image_id in splits[joined] for image_id in rows]
+            assert any(column)
+
+
+def test_tokens_are_dropped_from_longer_captions_alone() -> None:
+    pairs = shape_pairs()
+    whole = {tuple(default_tokenizer().encode_ids(record.text)) for record in pairs.texts}
+    batches = batches_of(pairs, 10, captions_per_image=5, join_captions=0.5, drop_tokens=0.5)
+    shown = [
+        tuple(value for value in row if value) for batch in batches.epoch(0, 0) for row in batch.input_ids.tolist()
+    ]
+    assert any(row not in whole for row in shown)
+    assert all(len(row) >= 3 and row[0] == 101 and row[-1] == 102 for row in shown)
+    plain = batches_of(pairs, 10, captions_per_image=5)
+    assert all(
+        tuple(value for value in row if value) in whole
+        for batch in plain.epoch(0, 0)
+        for row in batch.input_ids.tolist()
+    )
+
+
 def test_captions_are_cut_to_the_context_length() -> None:
     """[CLS], two pieces and [SEP]; and a batch is no longer than its longest caption."""
     pairs = MemoryPairs(
