@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
-QUERIES := 戴墨镜的笑脸 生日蛋糕 下雨 中国国旗 一只猫 红色的心
+QUERIES := 墨镜 生日蛋糕 红色的心 吃的水果 哭泣的猫 时钟
 
 .PHONY: demo test test-slow lint sample clean
 

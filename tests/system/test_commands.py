@@ -143,7 +143,7 @@ def test_search_ranks_a_folder(sample_server: EmbeddedServer, sample_pairs: Pair
 
 def test_search_finds_what_the_demo_promises(sample_server: EmbeddedServer) -> None:
     """The queries of `make demo`, over a style the sample model never saw."""
-    wanted = {"戴墨镜的笑脸": "墨镜", "生日蛋糕": "蛋糕", "一只猫": "猫", "红色的心": "心"}
+    wanted = {"墨镜": "墨镜", "生日蛋糕": "蛋糕", "红色的心": "心", "哭泣的猫": "猫"}
     gallery = str(SAMPLE_DATA / "valid_imgs.tsv")
     arguments = ["--images", gallery, "--url", sample_server.endpoints.grpc, "--json"]
     result = run("search", *wanted, *arguments)
