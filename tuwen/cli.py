@@ -273,14 +273,20 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Find the pictures that Chinese queries describe, through the server."""
-    from tuwen_client import Client
+    from tuwen_client import Client, InvalidInput
     from tuwen_client.search import contact_sheet, rank_pictures
 
     pictures = _gallery(images)
+    skipped: list[InvalidInput] = []
     with _server(repository) if start_server else nullcontext(url) as address, Client(address, model) as client:
         with progress_bar("embedding pictures") as report:
-            matches = rank_pictures(client, queries, pictures, top, lambda done: report(done, len(pictures)))
+            matches = rank_pictures(
+                client, queries, pictures, top, lambda done: report(done, len(pictures)), skipped.append
+            )
         served = client.model
+    for error in skipped:
+        name = pictures[error.index].name if error.index is not None else "a picture"
+        stderr.print(f"skipped {escape(name)}: {escape(error.message)}", soft_wrap=True)
     if sheet is not None:
         sheet.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(queries, matches).save(sheet)

@@ -127,10 +127,12 @@ def test_search_ranks_a_folder(sample_server: EmbeddedServer, sample_pairs: Pair
         where = folder if index % 2 else folder / "deeper"
         (where / f"{index}.webp").write_bytes(sample_pairs.image_bytes(sample_pairs.image_ids[index * 100]))
     (folder / "notes.txt").write_text("not a picture")
+    (folder / "broken.png").write_bytes(b"not a picture either")
     sheet = tmp_path / "sheet.png"
     arguments = ["--images", str(folder), "--url", sample_server.endpoints.grpc, "--top", "3"]
     result = run("search", "戴墨镜的笑脸", "旗", *arguments, "--json", "--sheet", str(sheet))
     assert result.returncode == 0, result.stderr
+    assert "skipped broken.png: image is not a readable picture file" in result.stderr
     found = json.loads(result.stdout)
     assert list(found) == ["戴墨镜的笑脸", "旗"]
     for matches in found.values():
