@@ -37,7 +37,8 @@ lint: .venv/.dev
 test: lint
 	$(BIN)/pytest
 
-# Full-size towers against the published implementations, and the real data build: about half an hour and 12 GB.
+# Full-size towers against the published implementations, and the real data build where `tuwen data emoji`
+# has fetched its packages: about ten minutes and 12 GB of memory.
 test-slow: .venv/.dev
 	$(BIN)/pytest -m slow
 

@@ -13,7 +13,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from tuwen.specs import LENGTH_BUCKETS, ModelSpec
 
 MAX_BATCH_SIZE = 32
-# A request waits at most this long for company; a tenth of what a base tower computes, so it costs little.
+# A request waits at most this long for company. A first choice, not yet measured.
 QUEUE_DELAY_US = 1000
 
 _HEADER = """\

@@ -85,7 +85,7 @@ def test_a_bad_request_fails_alone_with_its_sentence(
         with pytest.raises(InferenceServerException, match=sentence) as raised:
             raw.infer(f"tiny_rn_{side}", [bad])
     assert raised.value.status() == "StatusCode.INVALID_ARGUMENT"
-    assert "/" not in raised.value.message().replace("3/4", ""), "no path of the server in a message"
+    assert "/" not in raised.value.message(), "no path of the server in a message"
     assert np.allclose(rows, expected, atol=1e-5)
     assert len(outcomes) == 3
     assert all(isinstance(outcome, InferenceServerException) for outcome in outcomes)

@@ -16,7 +16,6 @@ from pathlib import Path
 from tuwen.errors import MissingDependency
 
 _INSTALL_HINT = "pip install 'tuwen[serve]'"
-_DOCKER_HINT = "run `docker compose --profile cpu up`"
 # The wheel's tag is manylinux_2_35; pip would refuse it elsewhere, a copied venv would not.
 _MIN_GLIBC = (2, 35)
 _STUB_NAME = "triton_python_backend_stub"
@@ -45,7 +44,7 @@ def find_installation() -> Installation:
     _require_platform()
     spec = importlib.util.find_spec("pytriton")  # finds it without importing it
     if spec is None or not spec.submodule_search_locations:
-        raise MissingDependency(f"the embedded server needs nvidia-pytriton: {_INSTALL_HINT}, or {_DOCKER_HINT}")
+        raise MissingDependency(f"the embedded server needs nvidia-pytriton: {_INSTALL_HINT}")
     package_dir = Path(spec.submodule_search_locations[0])
     triton_dir = package_dir / "tritonserver"
     stubs_dir = triton_dir / "python_backend_stubs"
@@ -59,9 +58,7 @@ def find_installation() -> Installation:
         raise MissingDependency(f"nvidia-pytriton is incomplete, {installation.binary} is missing: {_INSTALL_HINT}")
     if not installation.stub_path.is_file():
         offered = ", ".join(sorted((path.name for path in stubs_dir.glob("3.*")), key=lambda name: int(name[2:])))
-        raise MissingDependency(
-            f"this Python is {_PYTHON_VERSION}, nvidia-pytriton serves {offered}: use one of these, or {_DOCKER_HINT}"
-        )
+        raise MissingDependency(f"this Python is {_PYTHON_VERSION}, nvidia-pytriton serves {offered}: use one of these")
     _require_numpy_1()
     _require_shared_python(installation.libs_dir)
     return installation
@@ -115,7 +112,10 @@ def _require_platform() -> None:
     if sys.platform == "linux" and name == "glibc" and tuple(map(int, version.split(".")[:2])) >= _MIN_GLIBC:
         return
     here = f"{sys.platform} with {libc or 'another C library'}"
-    raise MissingDependency(f"the embedded server needs Linux with glibc 2.35, this is {here}: {_DOCKER_HINT}")
+    raise MissingDependency(
+        f"the embedded server needs Linux with glibc 2.35, this is {here}: "
+        "run it on such a machine, and reach it from here with --url"
+    )
 
 
 def _require_numpy_1() -> None:
@@ -134,6 +134,5 @@ def _require_shared_python(libs_dir: Path) -> None:
         return
     raise MissingDependency(
         f"this Python has no {library}, which the server's model processes need: install it "
-        f"(Debian: apt install libpython{_PYTHON_VERSION}; pyenv: PYTHON_CONFIGURE_OPTS=--enable-shared), "
-        f"or {_DOCKER_HINT}"
+        f"(Debian: apt install libpython{_PYTHON_VERSION}; pyenv: PYTHON_CONFIGURE_OPTS=--enable-shared)"
     )

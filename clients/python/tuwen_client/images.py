@@ -15,8 +15,8 @@ from tuwen_client.errors import InvalidInput
 ImageLike: TypeAlias = "str | Path | bytes | Image.Image | npt.NDArray[np.uint8]"
 
 # Lossless, and in the picture's own mode: the server resizes in that mode, so a conversion here would move pixels.
-# WebP where it can be: for a photograph of 640 x 480, 16 ms to encode and 11 to decode, against PNG's 47 and 15 at
-# its fastest level, at the same size. `exact` keeps the colours under transparency, which the server drops.
+# WebP where it can be: a photograph of 640 x 480 took half as long to encode as by PNG at its fastest level, and less
+# to decode, at four fifths of the size. `exact` keeps the colours under transparency, which the server drops.
 _WEBP: dict[str, Any] = {"format": "WEBP", "lossless": True, "quality": 0, "method": 0, "exact": True}
 _PNG: dict[str, Any] = {"format": "PNG", "compress_level": 1}
 _TIFF: dict[str, Any] = {"format": "TIFF"}
