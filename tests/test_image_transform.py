@@ -13,7 +13,7 @@ from PIL import Image
 
 from tuwen.errors import InvalidInput
 from tuwen.hub import image_transform
-from tuwen.image_transform import MAX_IMAGE_BYTES, preprocess_image
+from tuwen.image_transform import MAX_IMAGE_BYTES, MAX_IMAGE_FRAMES, preprocess_image
 from tuwen.specs import IMAGE_MEAN, IMAGE_STD
 
 
@@ -121,3 +121,67 @@ def png_header(width: int, height: int) -> bytes:
 def test_a_bad_file_is_refused_with_its_reason(encoded: bytes, reason: str) -> None:
     with pytest.raises(InvalidInput, match=reason):
         preprocess_image(encoded, 224)
+
+
+def jpeg_of_many_scans(scans: int) -> bytes:
+    """A progressive JPEG whose last scan is repeated: each costs a few bytes and a pass over all pixels."""
+    encoded = encode(Image.new("L", (64, 64)), "JPEG", progressive=True)
+    last_scan = encoded[encoded.rindex(b"\xff\xc4") : -2]
+    return encoded[:-2] + last_scan * scans + b"\xff\xd9"
+
+
+def animation(format: str, frames: int) -> bytes:
+    pictures = [Image.new("RGB", (2, 2), (index % 256, index // 256, 0)) for index in range(frames)]
+    return encode(pictures[0], format, save_all=True, append_images=pictures[1:])
+
+
+@pytest.mark.parametrize(
+    ("encoded", "reason"),
+    [
+        (jpeg_of_many_scans(100), "JPEG scans, the limit is 50"),
+        (animation("PNG", MAX_IMAGE_FRAMES + 1), "1001 frames, the limit is 1000"),
+        (animation("WEBP", MAX_IMAGE_FRAMES + 1), "1001 frames, the limit is 1000"),
+    ],
+    ids=["scans", "apng", "webp"],
+)
+def test_what_a_small_file_could_cost_is_bounded(encoded: bytes, reason: str) -> None:
+    with pytest.raises(InvalidInput, match=reason):
+        preprocess_image(encoded, 64)
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_of_an_animation_the_first_frame_is_taken(format: str) -> None:
+    assert np.array_equal(preprocess_image(animation(format, 3), 8), preprocess_image(animation(format, 1), 8))
+
+
+LARGE = {
+    "divides": photograph(1600, 1200),
+    "does not divide": photograph(1501, 1203),
+    "cmyk": photograph(1601, 1203).convert("CMYK"),
+    "gray": photograph(1600, 1200).convert("L"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(LARGE))
+@pytest.mark.parametrize("resolution", [64, 224])
+def test_a_drafted_jpeg_stays_close_to_the_exact_one(name: str, resolution: int) -> None:
+    """Within 5 of 255, 10 in the outermost rows and columns: what DRAFT_FACTOR says of photographs."""
+    encoded = encode(LARGE[name].resize(LARGE[name].size), "JPEG", quality=90)
+    exact = preprocess_image(encoded, resolution)
+    drafted = preprocess_image(encoded, resolution, draft=True)
+    levels = np.abs(drafted - exact) * np.array(IMAGE_STD, np.float32)[:, None, None] * 255
+    assert 0 < levels.max() <= 10.5
+    assert levels[:, 2:-2, 2:-2].max() <= 5.5
+    assert levels.mean() < 0.6
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_small_pictures_and_other_formats_are_not_drafted(name: str) -> None:
+    assert np.array_equal(preprocess_image(FILES[name], 64, draft=True), preprocess_image(FILES[name], 64))
+
+
+def test_pixels_are_written_where_they_are_asked_for() -> None:
+    batch = np.zeros((2, 3, 64, 64), np.float32)
+    preprocess_image(FILES["rgb png"], 64, out=batch[1])
+    assert np.array_equal(batch[1], preprocess_image(FILES["rgb png"], 64))
+    assert not batch[0].any()

@@ -1,0 +1,130 @@
+"""How much faster is serving's preprocessing than the published transform, and what does that do to the pixels?
+
+    python -m perf.preprocess            # the library, one thread; needs scikit-image and scikit-learn for photographs
+
+Both sides of a comparison are run in turn, and the medians and their ratio printed; then the deviation of drafted
+JPEGs from the exact pixels over photographs, in levels of 255.
+"""
+
+from __future__ import annotations
+
+import io
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tuwen.image_transform import preprocess_image
+from tuwen.specs import IMAGE_MEAN, IMAGE_STD
+
+ROUNDS = 15
+SIZES = ((2000, 1500), (640, 480), (224, 168), (64, 64))
+# Sizes whose sides 2, 4 and 8 divide, and sizes they do not.
+DEVIATION_SIZES = ((4000, 3000), (2000, 1500), (1999, 1501), (1333, 1000), (4001, 3001))
+PHOTOGRAPHS = (
+    "coffee.png",
+    "astronaut.png",
+    "chelsea.png",
+    "hubble_deep_field.jpg",
+    "rocket.jpg",
+    "motorcycle_left.png",
+)
+
+
+def photographs() -> Iterator[tuple[str, Image.Image]]:
+    """The photographs inside the wheels of scikit-image and scikit-learn."""
+    import skimage.data
+    import sklearn.datasets
+
+    folders = [(Path(skimage.data.__file__).parent, PHOTOGRAPHS)]
+    folders.append((Path(sklearn.datasets.__file__).parent / "images", ("china.jpg", "flower.jpg")))
+    for folder, names in folders:
+        for name in names:
+            yield name, Image.open(folder / name).convert("RGB")
+
+
+def encode_jpeg(image: Image.Image, size: tuple[int, int], subsampling: int = 2) -> bytes:
+    file = io.BytesIO()
+    image.resize(size, Image.Resampling.LANCZOS).save(file, "JPEG", quality=90, subsampling=subsampling)
+    return file.getvalue()
+
+
+def published_transform(encoded: bytes, resolution: int) -> torch.Tensor:
+    """cn_clip's image_transform, step by step as torchvision does it."""
+    image = Image.open(io.BytesIO(encoded)).resize((resolution, resolution), Image.Resampling.BICUBIC).convert("RGB")
+    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
+    mean, std = torch.tensor(IMAGE_MEAN)[:, None, None], torch.tensor(IMAGE_STD)[:, None, None]
+    return tensor.sub_(mean).div_(std)
+
+
+def alternate(sides: list[Callable[[], object]]) -> list[float]:
+    """Median milliseconds of each side, all run in turn."""
+    taken: list[list[float]] = [[] for _ in sides]
+    for _ in range(ROUNDS):
+        for side, times in zip(sides, taken, strict=True):
+            started = time.perf_counter()
+            side()
+            times.append((time.perf_counter() - started) * 1000)
+    return [statistics.median(times) for times in taken]
+
+
+def report_times(pictures: dict[str, Image.Image], resolution: int) -> None:
+    print(
+        f"R = {resolution}: median ms of {len(pictures)} photographs x {ROUNDS}\n     size  published  exact  served  ratio"
+    )
+    for size in SIZES:
+        rows = []
+        for picture in pictures.values():
+            encoded = encode_jpeg(picture, size)
+            out = np.empty((3, resolution, resolution), np.float32)
+            rows.append(
+                alternate(
+                    [
+                        lambda encoded=encoded: published_transform(encoded, resolution),
+                        lambda encoded=encoded, out=out: preprocess_image(encoded, resolution, out=out),
+                        lambda encoded=encoded, out=out: preprocess_image(encoded, resolution, draft=True, out=out),
+                    ]
+                )
+            )
+        published, exact, served = (statistics.median(column) for column in zip(*rows, strict=True))
+        print(
+            f"{size[0]:4d}x{size[1]:<4d}  {published:9.2f}  {exact:5.2f}  {served:6.2f}  {published / served:5.2f}",
+            flush=True,
+        )
+
+
+def deviation(encoded: bytes, resolution: int) -> np.ndarray:
+    """Levels of 255, (3, R, R), by which the drafted picture differs from the exact one."""
+    exact = preprocess_image(encoded, resolution)
+    drafted = preprocess_image(encoded, resolution, draft=True)
+    levels = np.abs(drafted - exact) * (np.array(IMAGE_STD, np.float32)[:, None, None] * 255)
+    return np.asarray(levels.round())
+
+
+def report_deviation(pictures: dict[str, Image.Image], resolution: int) -> None:
+    print(f"R = {resolution}: drafted against exact, levels of 255\n     size  max  max inside  mean  worst picture")
+    for size in DEVIATION_SIZES:
+        found = [
+            (levels.max(), levels[:, 2:-2, 2:-2].max(), levels.mean(), name)
+            for name, picture in pictures.items()
+            for levels in (deviation(encode_jpeg(picture, size, chroma), resolution) for chroma in (0, 2))
+        ]
+        worst, inside = max(found), max(row[1] for row in found)
+        mean = statistics.mean(float(row[2]) for row in found)
+        print(f"{size[0]:4d}x{size[1]:<4d}  {worst[0]:3.0f}  {inside:10.0f}  {mean:.2f}  {worst[3]}", flush=True)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    pictures = dict(photographs())
+    for resolution in (224, 64):
+        report_times(pictures, resolution)
+        report_deviation(pictures, resolution)
+
+
+if __name__ == "__main__":
+    main()
