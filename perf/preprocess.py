@@ -12,9 +12,11 @@ import io
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 
@@ -38,13 +40,12 @@ PHOTOGRAPHS = (
 def photographs() -> Iterator[tuple[str, Image.Image]]:
     """The photographs inside the wheels of scikit-image and scikit-learn."""
     import skimage.data
-    import sklearn.datasets
+    import sklearn.datasets  # type: ignore[import-untyped]
 
-    folders = [(Path(skimage.data.__file__).parent, PHOTOGRAPHS)]
-    folders.append((Path(sklearn.datasets.__file__).parent / "images", ("china.jpg", "flower.jpg")))
-    for folder, names in folders:
-        for name in names:
-            yield name, Image.open(folder / name).convert("RGB")
+    for name in PHOTOGRAPHS:
+        yield name, Image.open(Path(skimage.data.__file__).parent / name).convert("RGB")
+    for name in ("china.jpg", "flower.jpg"):
+        yield name, Image.open(Path(sklearn.datasets.__file__).parent / "images" / name).convert("RGB")
 
 
 def encode_jpeg(image: Image.Image, size: tuple[int, int], subsampling: int = 2) -> bytes:
@@ -72,37 +73,34 @@ def alternate(sides: list[Callable[[], object]]) -> list[float]:
     return [statistics.median(times) for times in taken]
 
 
-def report_times(pictures: dict[str, Image.Image], resolution: int) -> None:
-    print(
-        f"R = {resolution}: median ms of {len(pictures)} photographs x {ROUNDS}\n     size  published  exact  served  ratio"
+def compare(encoded: bytes, resolution: int) -> list[float]:
+    """Median milliseconds of the published transform, of ours, and of ours as it is served."""
+    out = np.empty((3, resolution, resolution), np.float32)
+    return alternate(
+        [
+            partial(published_transform, encoded, resolution),
+            partial(preprocess_image, encoded, resolution, out=out),
+            partial(preprocess_image, encoded, resolution, draft=True, out=out),
+        ]
     )
-    for size in SIZES:
-        rows = []
-        for picture in pictures.values():
-            encoded = encode_jpeg(picture, size)
-            out = np.empty((3, resolution, resolution), np.float32)
-            rows.append(
-                alternate(
-                    [
-                        lambda encoded=encoded: published_transform(encoded, resolution),
-                        lambda encoded=encoded, out=out: preprocess_image(encoded, resolution, out=out),
-                        lambda encoded=encoded, out=out: preprocess_image(encoded, resolution, draft=True, out=out),
-                    ]
-                )
-            )
+
+
+def report_times(pictures: dict[str, Image.Image], resolution: int) -> None:
+    print(f"R = {resolution}: median ms of {len(pictures)} photographs x {ROUNDS}")
+    print("     size  published  exact  served  ratio")
+    for width, height in SIZES:
+        rows = [compare(encode_jpeg(picture, (width, height)), resolution) for picture in pictures.values()]
         published, exact, served = (statistics.median(column) for column in zip(*rows, strict=True))
-        print(
-            f"{size[0]:4d}x{size[1]:<4d}  {published:9.2f}  {exact:5.2f}  {served:6.2f}  {published / served:5.2f}",
-            flush=True,
-        )
+        ratio = published / served
+        print(f"{width:4d}x{height:<4d}  {published:9.2f}  {exact:5.2f}  {served:6.2f}  {ratio:5.2f}", flush=True)
 
 
-def deviation(encoded: bytes, resolution: int) -> np.ndarray:
+def deviation(encoded: bytes, resolution: int) -> npt.NDArray[np.float32]:
     """Levels of 255, (3, R, R), by which the drafted picture differs from the exact one."""
     exact = preprocess_image(encoded, resolution)
     drafted = preprocess_image(encoded, resolution, draft=True)
     levels = np.abs(drafted - exact) * (np.array(IMAGE_STD, np.float32)[:, None, None] * 255)
-    return np.asarray(levels.round())
+    return levels.round()
 
 
 def report_deviation(pictures: dict[str, Image.Image], resolution: int) -> None:

@@ -60,7 +60,8 @@ def decode_drafted(encoded: bytes, resolution: int) -> tuple[Image.Image, Box | 
     with _refusals():
         image = _open_image(encoded)
         least = DRAFT_FACTOR * resolution
-        drafted = image.draft(None, (least, least))
+        # Not CMYK: four scaled channels multiply in the conversion to RGB, which brought a corner off by 16 of 255.
+        drafted = image.draft(None, (least, least)) if image.mode in ("RGB", "L") else None
         image.load()
     # A side that the scale does not divide is rounded up: the box leaves out what lies beyond the picture.
     return image, drafted[1] if drafted else None
