@@ -5,14 +5,18 @@ The text is what a person reads and reviews; the schema is Triton's own model_co
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from tuwen.specs import LENGTH_BUCKETS, ModelSpec
+from tuwen.specs import CONTEXT_LENGTH, ModelSpec
 
 MAX_BATCH_SIZE = 32
+# Requests of one priority that may wait for a model; the next one is refused at once, which is what an overloaded
+# server owes its clients. Two full batches: an interactive answer is at most three batches away.
+MAX_QUEUE_SIZE = {"interactive": 2 * MAX_BATCH_SIZE, "bulk": 8 * MAX_BATCH_SIZE}
+PRIORITIES = ("interactive", "bulk")  # Triton counts from 1 and serves the lower number first
 # A request waits at most this long for company. A first choice, not yet measured.
 QUEUE_DELAY_US = 1000
 
@@ -44,12 +48,18 @@ class Model:
     instances: int = 1
     parameters: tuple[tuple[str, str], ...] = ()
     warmup: tuple[tuple[int, ...], ...] = ()
+    # What Triton makes of a ragged batch: (tensor, kind of batch_input). Source: its docs, Ragged Batching.
+    batch_inputs: tuple[tuple[str, str], ...] = ()
 
     def to_proto(self) -> pb.ModelConfig:
         config = pb.ModelConfig(name=self.name, backend=self.backend, max_batch_size=MAX_BATCH_SIZE)
         _add_tensors(config, self.inputs, self.outputs)
         config.instance_group.add(count=self.instances, kind=pb.ModelInstanceGroup.KIND_CPU)
-        config.dynamic_batching.max_queue_delay_microseconds = QUEUE_DELAY_US
+        _add_dynamic_batching(config)
+        for name, kind in self.batch_inputs:
+            config.batch_input.add(
+                kind=kind, target_name=[name], data_type="TYPE_INT32", source_input=[self.inputs[0].name]
+            )
         for key, value in self.parameters:
             config.parameters[key].string_value = value
         for dims in self.warmup:
@@ -90,6 +100,18 @@ class Ensemble:
         return config
 
 
+def _add_dynamic_batching(config: pb.ModelConfig) -> None:
+    batching = config.dynamic_batching
+    batching.max_queue_delay_microseconds = QUEUE_DELAY_US
+    batching.priority_levels = len(PRIORITIES)
+    batching.default_priority_level = 1 + PRIORITIES.index("bulk")
+    for level, name in enumerate(PRIORITIES, start=1):
+        policy = batching.priority_queue_policy[level]
+        policy.timeout_action = pb.ModelQueuePolicy.REJECT
+        policy.allow_timeout_override = True  # a client's own time-out, so that nobody computes what nobody awaits
+        policy.max_queue_size = MAX_QUEUE_SIZE[name]
+
+
 def _add_tensors(config: pb.ModelConfig, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
     for tensor in inputs:
         config.input.add(
@@ -107,8 +129,11 @@ def render(model: Model | Ensemble) -> str:
 
 _TEXT = Tensor("text", "STRING", (1,))
 _INPUT_IDS = Tensor("input_ids", "INT64", (-1,))
+_PACKED_INPUT_IDS = replace(_INPUT_IDS, ragged=True)
 _IMAGE = Tensor("image", "UINT8", (-1,), ragged=True)
 _FINGERPRINT = Tensor("fingerprint", "INT64", (1,))
+_LOGIT_SCALE = Tensor("logit_scale", "FP32", (1,))
+_TOKEN_COUNT = (Tensor("num_tokens", "INT64", (1,)), Tensor("truncated", "BOOL", (1,)))
 
 
 def tokenize_text() -> Model:
@@ -116,10 +141,9 @@ def tokenize_text() -> Model:
         name="tokenize_text",
         backend="python",
         inputs=(_TEXT,),
-        outputs=(_INPUT_IDS,),
-        parameters=(("length_buckets", ",".join(map(str, LENGTH_BUCKETS))),),
-        purpose="Chinese text, UTF-8 -> input_ids [L], L the first of length_buckets that holds it. For all models.",
-        change="Change here: length_buckets (the towers' batches are built per length), instance_group.",
+        outputs=(_INPUT_IDS, *_TOKEN_COUNT),
+        purpose="Chinese text, UTF-8 -> input_ids [L] without padding, L = num_tokens. For all models.",
+        change="Change here: instance_group, priority_queue_policy.",
     )
 
 
@@ -140,10 +164,15 @@ def text_tower(spec: ModelSpec, name: str) -> Model:
     return Model(
         name=f"{name}_text_tower",
         backend="onnxruntime",
-        inputs=(_INPUT_IDS,),
-        outputs=(_embeds("text", spec), _FINGERPRINT),
-        warmup=((LENGTH_BUCKETS[0],), (LENGTH_BUCKETS[-1],)),
-        purpose=f"{spec.name}: input_ids -> text_embeds of unit length, and the model's fingerprint.",
+        inputs=(_PACKED_INPUT_IDS,),
+        outputs=(_embeds("text", spec), _FINGERPRINT, _LOGIT_SCALE),
+        # The texts of a batch are laid end to end, so that nobody pays for padding.
+        batch_inputs=(
+            ("text_offsets", "BATCH_ACCUMULATED_ELEMENT_COUNT_WITH_ZERO"),
+            ("longest_text", "BATCH_MAX_ELEMENT_COUNT_AS_SHAPE"),
+        ),
+        warmup=((9,), (CONTEXT_LENGTH,)),
+        purpose=f"{spec.name}: input_ids -> text_embeds of unit length, the model's fingerprint and its logit_scale.",
         change=_TOWER_CHANGE,
     )
 
@@ -161,17 +190,17 @@ def image_tower(spec: ModelSpec, name: str) -> Model:
     )
 
 
-_TOWER_CHANGE = "Change here: instance_group, max_queue_delay_microseconds; parameters such as intra_op_thread_count."
+_TOWER_CHANGE = "Change here: instance_group, priority_queue_policy; parameters such as intra_op_thread_count."
 
 
 def text_ensemble(spec: ModelSpec, name: str) -> Ensemble:
     return Ensemble(
         name=f"{name}_text",
         inputs=(_TEXT,),
-        outputs=(_embeds("text", spec), _FINGERPRINT),
+        outputs=(_embeds("text", spec), _FINGERPRINT, _LOGIT_SCALE, *_TOKEN_COUNT),
         steps=(
-            Step("tokenize_text", (("text", "text"),), (("input_ids", "input_ids"),)),
-            _tower_step(f"{name}_text_tower", "input_ids", "text_embeds"),
+            Step("tokenize_text", (("text", "text"),), _same("input_ids", "num_tokens", "truncated")),
+            Step(f"{name}_text_tower", _same("input_ids"), _same("text_embeds", "fingerprint", "logit_scale")),
         ),
         purpose=f"{spec.name}: Chinese text -> text_embeds. What clients call.",
         change="Nothing to change here: an ensemble only joins its steps; tune those.",
@@ -186,16 +215,16 @@ def image_ensemble(spec: ModelSpec, name: str) -> Ensemble:
         outputs=(_embeds("image", spec), _FINGERPRINT),
         steps=(
             Step(preprocess, (("image", "image"),), (("pixel_values", "pixel_values"),)),
-            _tower_step(f"{name}_image_tower", "pixel_values", "image_embeds"),
+            Step(f"{name}_image_tower", _same("pixel_values"), _same("image_embeds", "fingerprint")),
         ),
         purpose=f"{spec.name}: an encoded picture file -> image_embeds. What clients call.",
         change="Nothing to change here: an ensemble only joins its steps; tune those.",
     )
 
 
-def _tower_step(model: str, input_name: str, output_name: str) -> Step:
-    outputs = ((output_name, output_name), ("fingerprint", "fingerprint"))
-    return Step(model, ((input_name, input_name),), outputs)
+def _same(*names: str) -> tuple[tuple[str, str], ...]:
+    """A step's tensors, called the same in the ensemble."""
+    return tuple((name, name) for name in names)
 
 
 def _pixel_values(resolution: int) -> Tensor:

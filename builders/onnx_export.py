@@ -1,4 +1,4 @@
-"""Towers -> ONNX: dynamic batch and text length, unit-length outputs, the fingerprint as a second output."""
+"""Towers -> ONNX: dynamic batch, texts packed end to end, unit-length outputs, the fingerprint beside them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,19 @@ from torch import Tensor, nn
 
 from tuwen.errors import TuwenError
 from tuwen.model import ChineseCLIP
-from tuwen.specs import ModelSpec
+from tuwen.specs import CLS_ID, SEP_ID, ModelSpec
+from tuwen.tokenizer import pack_rows
 
 TowerKind = Literal["text", "image"]
 TOWERS: tuple[TowerKind, ...] = ("text", "image")
-INPUT_NAMES: dict[TowerKind, str] = {"text": "input_ids", "image": "pixel_values"}
-OUTPUT_NAMES: dict[TowerKind, str] = {"text": "text_embeds", "image": "image_embeds"}
+INPUT_NAMES: dict[TowerKind, list[str]] = {
+    "text": ["input_ids", "text_offsets", "longest_text"],
+    "image": ["pixel_values"],
+}
+OUTPUT_NAMES: dict[TowerKind, list[str]] = {
+    "text": ["text_embeds", "fingerprint", "logit_scale"],
+    "image": ["image_embeds", "fingerprint"],
+}
 
 OPSET = 18  # what TensorRT 10, ONNX Runtime 1.17 and PyTorch's exporter have in common
 # Above this, weights go to a file of their own: a protobuf cannot hold more than 2 GiB.
@@ -33,27 +40,48 @@ class ExportFailed(TuwenError):
     """A tower could not be exported, or the export does not compute what PyTorch computes."""
 
 
-class Tower(nn.Module):
-    """One tower as it is served: input -> (embeds float32 (B, D) of unit length, fingerprint int64 (B, 1))."""
-
+class _Tower(nn.Module):
     baked_fingerprint: Tensor
 
-    def __init__(self, model: ChineseCLIP, kind: TowerKind, fingerprint: int) -> None:
+    def __init__(self, model: ChineseCLIP, fingerprint: int) -> None:
         super().__init__()
-        self.model, self.kind = model, kind
+        self.model = model
         # Not named "fingerprint": the exporter keeps buffer names, and the output is called that.
         self.register_buffer("baked_fingerprint", torch.tensor([[fingerprint]], dtype=torch.int64))
 
-    def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        encode = self.model.encode_text if self.kind == "text" else self.model.encode_image
-        return encode(values, normalize=True), self.baked_fingerprint.expand(values.shape[0], 1)
+
+class TextTower(_Tower):
+    """As served: packed texts -> text_embeds float32 (B, D) of unit length, fingerprint int64 (B, 1), logit_scale
+    float32 (B, 1), the learned log."""
+
+    def forward(self, input_ids: Tensor, text_offsets: Tensor, longest_text: Tensor) -> tuple[Tensor, ...]:
+        embeds = self.model.encode_packed_text(input_ids, text_offsets, longest_text, normalize=True)
+        per_text = (embeds.shape[0], 1)
+        # A sum, not the parameter itself: the exporter would call the parameter as the output is called.
+        scale = (self.model.logit_scale + torch.zeros(1)).expand(per_text)
+        return embeds, self.baked_fingerprint.expand(per_text), scale
 
 
-def example_input(spec: ModelSpec, kind: TowerKind, batch: int = 2, length: int = 9) -> Tensor:
-    """Random input of the tower: input_ids int64 (batch, length) without padding, or pixel_values."""
-    if kind == "text":
-        return torch.randint(103, spec.text.vocab_size, (batch, length))
-    return torch.randn(batch, 3, spec.vision.resolution, spec.vision.resolution)
+class ImageTower(_Tower):
+    """As served: pixel_values -> image_embeds float32 (B, D) of unit length, fingerprint int64 (B, 1)."""
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        embeds = self.model.encode_image(pixel_values, normalize=True)
+        return embeds, self.baked_fingerprint.expand(embeds.shape[0], 1)
+
+
+def _example(spec: ModelSpec, kind: TowerKind) -> tuple[tuple[Tensor, ...], tuple[dict[int, torch.export.Dim], ...]]:
+    """An input of two items, and which of its dimensions vary."""
+    if kind == "image":
+        batch = torch.export.Dim("batch", min=1, max=4096)
+        return (torch.randn(2, 3, spec.vision.resolution, spec.vision.resolution),), ({0: batch},)
+    packed = pack_rows([[CLS_ID, 200, 300, SEP_ID], [CLS_ID, *range(400, 409), SEP_ID]])
+    sizes = (
+        torch.export.Dim("total_length", min=3),
+        torch.export.Dim("batch_plus_one", min=2, max=4097),
+        torch.export.Dim("longest", min=3, max=spec.text.max_positions),
+    )
+    return tuple(torch.from_numpy(packed[name]) for name in INPUT_NAMES["text"]), tuple({0: size} for size in sizes)
 
 
 def export_tower(model: ChineseCLIP, kind: TowerKind, fingerprint: int, path: Path) -> None:
@@ -64,20 +92,18 @@ def export_tower(model: ChineseCLIP, kind: TowerKind, fingerprint: int, path: Pa
     """
     if model.training:
         raise ExportFailed("the model is in training mode, its dropout would be exported; call model.eval() first")
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    dynamic = {0: batch}
-    if kind == "text":
-        dynamic[1] = torch.export.Dim("length", min=3, max=model.spec.text.max_positions)
+    tower = (TextTower if kind == "text" else ImageTower)(model, fingerprint).eval()
+    inputs, dynamic_shapes = _example(model.spec, kind)
     try:
         with _quiet_exporter():
             program = torch.onnx.export(
-                Tower(model, kind, fingerprint).eval(),
-                (example_input(model.spec, kind),),
+                tower,
+                inputs,
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=[INPUT_NAMES[kind]],
-                output_names=[OUTPUT_NAMES[kind], "fingerprint"],
-                dynamic_shapes=(dynamic,),
+                input_names=INPUT_NAMES[kind],
+                output_names=OUTPUT_NAMES[kind],
+                dynamic_shapes=dynamic_shapes,
                 verbose=False,
             )
             assert program is not None  # it is None for the older exporter only

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 import torch
-from torch import Tensor
 
-from builders.onnx_export import INPUT_NAMES, ExportFailed, TowerKind, example_input
+from builders.onnx_export import ExportFailed, TowerKind
 from tuwen.data.pairs import open_pairs
 from tuwen.image_transform import preprocess_image
 from tuwen.model import ChineseCLIP
-from tuwen.specs import CLS_ID, SEP_ID, ModelSpec
-from tuwen.tokenizer import default_tokenizer, normalize_text
+from tuwen.specs import CLS_ID, SEP_ID
+from tuwen.tokenizer import default_tokenizer, normalize_text, pack_rows, pad_rows
 
 MIN_COSINE = 0.9999
 MAX_ABS_DIFF = 1e-4
@@ -24,6 +25,10 @@ NUM_REAL = 16
 
 # The sample pictures and captions that ship with the checkout, so that parity is measured on real input anywhere.
 SAMPLES_DIR = Path(__file__).parent.parent / "samples" / "emoji_cn"
+
+
+# What a tower is fed, and the embeddings (B, D) that PyTorch makes of it.
+Batch = tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -46,17 +51,12 @@ def measure_parity(model: ChineseCLIP, kind: TowerKind, onnx_path: Path, fingerp
     Raises:
         ExportFailed: the file does not load, or does not carry `fingerprint`.
     """
-    try:
-        session = ort.InferenceSession(onnx_path, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions share no public base
-        raise ExportFailed(f"{onnx_path.name}: ONNX Runtime cannot load it: {error}") from error
-    encode = model.encode_text if kind == "text" else model.encode_image
+    session = open_session(onnx_path)
     cosines, differences = [], []
-    for values in _inputs(model.spec, kind):
-        embeds, fingerprints = session.run(None, {INPUT_NAMES[kind]: values.numpy()})
-        if fingerprints.shape != (len(values), 1) or (fingerprints != fingerprint).any():
+    for feed, expected in _text_batches(model) if kind == "text" else _image_batches(model):
+        embeds, fingerprints, *_ = session.run(None, feed)
+        if fingerprints.shape != (len(expected), 1) or (fingerprints != fingerprint).any():
             raise ExportFailed(f"{onnx_path.name}: carries fingerprint {fingerprints.ravel()[0]}, not {fingerprint}")
-        expected = encode(values, normalize=True).numpy()
         cosines.append((embeds * expected).sum(axis=1))
         differences.append(np.abs(embeds - expected).max(axis=1))
     return Parity(
@@ -66,23 +66,36 @@ def measure_parity(model: ChineseCLIP, kind: TowerKind, onnx_path: Path, fingerp
     )
 
 
-def _inputs(spec: ModelSpec, kind: TowerKind) -> Iterator[Tensor]:
-    torch.manual_seed(0)
+def open_session(onnx_path: Path) -> ort.InferenceSession:
+    """ONNX Runtime on the CPU.
+
+    Raises:
+        ExportFailed: it cannot load the file.
+    """
+    try:
+        return ort.InferenceSession(onnx_path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no public base
+        raise ExportFailed(f"{onnx_path.name}: ONNX Runtime cannot load it: {error}") from error
+
+
+def _image_batches(model: ChineseCLIP) -> Iterator[Batch]:
+    resolution = model.spec.vision.resolution
     samples = open_pairs(SAMPLES_DIR, "valid")
-    if kind == "image":
-        yield example_input(spec, kind, batch=1)
-        yield example_input(spec, kind, batch=3)
-        pictures = [
-            samples.image_bytes(image_id) for image_id in samples.image_ids[:: len(samples.image_ids) // NUM_REAL]
-        ]
-        for picture in pictures[:NUM_REAL]:
-            yield torch.from_numpy(preprocess_image(picture, spec.vision.resolution))[None]
-        return
-    longest = min(spec.context_length, spec.text.max_positions)
-    for batch, length in ((1, 3), (1, 9), (3, 16), (2, longest)):
-        input_ids = example_input(spec, kind, batch, length)
-        input_ids[:, 0], input_ids[:, -1] = CLS_ID, SEP_ID
-        yield input_ids
-    captions = [normalize_text(record.text) for record in samples.texts[:: len(samples.texts) // NUM_REAL]]
-    # One padded batch: masking is part of what is compared.
-    yield torch.from_numpy(default_tokenizer().encode(captions[:NUM_REAL], length=longest))
+    step = len(samples.image_ids) // NUM_REAL
+    real = [preprocess_image(samples.image_bytes(one), resolution) for one in samples.image_ids[::step][:NUM_REAL]]
+    random = np.random.default_rng(0).standard_normal((4, 3, resolution, resolution), np.float32)
+    for pixel_values in (random[:1], random[1:], *(one[None] for one in real)):
+        yield {"pixel_values": pixel_values}, model.encode_image(torch.from_numpy(pixel_values), normalize=True).numpy()
+
+
+def _text_batches(model: ChineseCLIP) -> Iterator[Batch]:
+    """Packed texts of one length and of many, against the padded ones of training: masking is part of what counts."""
+    longest = min(model.spec.context_length, model.spec.text.max_positions)
+    random = np.random.default_rng(0)
+    texts = open_pairs(SAMPLES_DIR, "valid").texts
+    captions = [normalize_text(record.text) for record in texts[:: len(texts) // NUM_REAL]][:NUM_REAL]
+    for lengths in ((3,), (9,), (16, 16, 16), (longest, 3, longest), ()):
+        rows = [[CLS_ID, *random.integers(SEP_ID + 1, model.spec.text.vocab_size, n - 2), SEP_ID] for n in lengths]
+        rows = rows or [default_tokenizer().encode_ids(caption, longest) for caption in captions]
+        padded = torch.from_numpy(pad_rows(rows, longest))
+        yield dict(pack_rows(rows)), model.encode_text(padded, normalize=True).numpy()

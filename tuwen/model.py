@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from tuwen.errors import InvalidInput
 from tuwen.specs import ModelSpec
-from tuwen.text import BertEncoder
+from tuwen.text import BertEncoder, PaddedLayout, packed_layout
 from tuwen.vision import build_vision_tower
 
 MAX_LOGIT_SCALE = math.log(100)  # the trainer clamps the learned log to [0, ln 100]; source: Chinese-CLIP train.py
@@ -58,8 +58,17 @@ class ChineseCLIP(nn.Module):
 
     def encode_text(self, input_ids: Tensor, normalize: bool = False) -> Tensor:
         """Text features (B, D) of input_ids int64 (B, L); unit length if `normalize`, as cn_clip's are not."""
-        # [CLS] is position 0; pooling ignores padding.
-        features = self.bert(input_ids)[:, 0] @ self.text_projection
+        return self._project_text(self.bert(input_ids.flatten(), PaddedLayout(input_ids)), normalize)
+
+    def encode_packed_text(
+        self, input_ids: Tensor, offsets: Tensor, longest: Tensor, normalize: bool = False
+    ) -> Tensor:
+        """Text features (B, D) of texts laid end to end: input_ids int64 (T,); the others as in `packed_layout`."""
+        layout = packed_layout(input_ids.shape[0], offsets, longest)
+        return self._project_text(self.bert(input_ids, layout), normalize)
+
+    def _project_text(self, hidden: Tensor, normalize: bool) -> Tensor:
+        features = hidden @ self.text_projection
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

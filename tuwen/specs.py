@@ -21,10 +21,6 @@ CONTEXT_LENGTH = 52
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# A served text is padded to the first of these that holds it, so that a short query does not pay for 52 positions.
-# A first choice, closer where queries are short; not yet measured.
-LENGTH_BUCKETS = (8, 12, 16, 24, 32, 52)
-
 
 @dataclass(frozen=True)
 class VisionSpec:

@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -114,10 +115,15 @@ class Tokenizer:
 
     def encode_ids(self, text: str, context_length: int = CONTEXT_LENGTH) -> list[int]:
         """[CLS] + at most context_length - 2 word pieces + [SEP], unpadded."""
+        return self.encode_checked(text, context_length)[0]
+
+    def encode_checked(self, text: str, context_length: int = CONTEXT_LENGTH) -> tuple[list[int], bool]:
+        """What `encode_ids` gives, and whether the text had to be cut."""
+        words, room = split_words(text), context_length - 2
         # More words than fit are cut before the word pieces, which costs nothing: a word is at least one piece.
-        words = split_words(text)[: context_length - 2]
-        ids = self._pieces.encode(words, is_pretokenized=True, add_special_tokens=False).ids if words else []
-        return [CLS_ID, *ids[: context_length - 2], SEP_ID]
+        fitting = words[:room]
+        ids = self._pieces.encode(fitting, is_pretokenized=True, add_special_tokens=False).ids if fitting else []
+        return [CLS_ID, *ids[:room], SEP_ID], len(words) > room or len(ids) > room
 
     def encode(
         self, texts: Sequence[str], context_length: int = CONTEXT_LENGTH, length: int | None = None
@@ -143,6 +149,21 @@ def pad_rows(rows: Sequence[Sequence[int]], length: int) -> npt.NDArray[np.int64
     for row, ids in zip(input_ids, rows, strict=True):
         row[: len(ids)] = ids
     return input_ids
+
+
+def pack_rows(rows: Sequence[Sequence[int]]) -> dict[str, npt.NDArray[Any]]:
+    """`rows` end to end without padding, under the names of the served text tower's inputs.
+
+    Returns:
+        input_ids int64 (T,); text_offsets int32 (B + 1,), where each text begins, and T; longest_text int32 (L,), zeros
+        of which only the shape counts. On the server Triton's ragged batching makes the last two.
+    """
+    lengths = [len(row) for row in rows]
+    return {
+        "input_ids": np.fromiter((id for row in rows for id in row), np.int64, sum(lengths)),
+        "text_offsets": np.cumsum([0, *lengths], dtype=np.int32),
+        "longest_text": np.zeros(max(lengths), np.int32),
+    }
 
 
 @lru_cache(maxsize=1)

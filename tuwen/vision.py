@@ -27,7 +27,7 @@ class QuickGELU(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with nn.MultiheadAttention's parameter names; (B, L, C) -> (B, L, C)."""
+    """Multi-head self-attention with nn.MultiheadAttention's parameter names."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -38,11 +38,25 @@ class Attention(nn.Module):
         nn.init.normal_(self.in_proj_weight, std=width**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, L, C) -> (B, L, C)."""
+        query, key, value = self._heads(x, 0, 3)
+        return self._attend(query, key, value)
+
+    def forward_first(self, x: Tensor) -> Tensor:
+        """(B, L, C) -> (B, 1, C), of the first position alone."""
+        (query,), (key, value) = self._heads(x[:, :1], 0, 1), self._heads(x, 1, 3)
+        return self._attend(query, key, value)
+
+    def _heads(self, x: Tensor, first: int, end: int) -> Tensor:
+        """Those from `first` to `end` of query, key and value: (end - first, B, heads, L, C / heads)."""
         batch, length, width = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        query, key, value = qkv.view(batch, length, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
+        rows = slice(first * width, end * width)
+        projected = F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
+        return projected.view(batch, length, end - first, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         attended = F.scaled_dot_product_attention(query, key, value)
-        return self.out_proj(attended.transpose(1, 2).reshape(batch, length, width))
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -59,6 +73,11 @@ class ResidualAttentionBlock(nn.Module):
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
+    def forward_first(self, x: Tensor) -> Tensor:
+        """(B, L, C) -> (B, C), of the first position alone: a sixth of the work."""
+        first = x[:, :1] + self.attn.forward_first(self.ln_1(x))
+        return (first + self.mlp(self.ln_2(first)))[:, 0]
+
 
 class Transformer(nn.Module):
     def __init__(self, width: int, layers: int, num_heads: int) -> None:
@@ -66,9 +85,12 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, num_heads) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.resblocks:
+        """(B, L, C) -> (B, C): the first position, the class token, which is all that the last block computes."""
+        *blocks, last = self.resblocks
+        for block in blocks:
             x = block(x)
-        return x
+        assert isinstance(last, ResidualAttentionBlock)
+        return last.forward_first(x)
 
 
 class VisionTransformer(nn.Module):
@@ -92,7 +114,7 @@ class VisionTransformer(nn.Module):
         class_token = self.class_embedding.expand(patches.shape[0], 1, -1)
         x = torch.cat([class_token, patches], dim=1) + self.positional_embedding
         x = self.transformer(self.ln_pre(x))
-        return self.ln_post(x[:, 0]) @ self.proj
+        return self.ln_post(x) @ self.proj
 
 
 class Bottleneck(nn.Module):

@@ -21,7 +21,7 @@ from onnx import numpy_helper
 
 from builders import onnx_export
 from builders.build import BuildResult, build
-from builders.onnx_export import TOWERS, ExportFailed, TowerKind, example_input
+from builders.onnx_export import TOWERS, ExportFailed, TowerKind
 from builders.parity import measure_parity
 from builders.repository import drifted, rendered_files
 from tests.conftest import SMALL_SPECS, random_model
@@ -30,6 +30,7 @@ from tuwen.errors import InvalidInput
 from tuwen.fingerprint import model_fingerprint
 from tuwen.model import ChineseCLIP
 from tuwen.specs import CLS_ID, SEP_ID, ModelSpec
+from tuwen.tokenizer import pack_rows, pad_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -70,13 +71,22 @@ def built(request: pytest.FixtureRequest) -> Built:
     return request.getfixturevalue(f"built_{request.param}")
 
 
-def run_tower(path: Path, kind: TowerKind, values: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def run_tower(path: Path, kind: TowerKind, feed: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """(embeds, fingerprint) by the names the configs have."""
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    embeds, fingerprint = session.run(
-        [f"{kind}_embeds", "fingerprint"], {onnx_export.INPUT_NAMES[kind]: values.numpy()}
-    )
+    assert [tensor.name for tensor in session.get_inputs()] == list(feed)
+    embeds, fingerprint = session.run([f"{kind}_embeds", "fingerprint"], feed)
     return embeds, fingerprint
+
+
+def some_pixels(spec: ModelSpec, batch: int) -> dict[str, np.ndarray]:
+    shape = (batch, 3, spec.vision.resolution, spec.vision.resolution)
+    return {"pixel_values": np.random.default_rng(batch).standard_normal(shape, np.float32)}
+
+
+def some_texts(spec: ModelSpec, *lengths: int) -> list[list[int]]:
+    random = np.random.default_rng(sum(lengths))
+    return [[CLS_ID, *random.integers(SEP_ID + 1, spec.text.vocab_size, length - 2), SEP_ID] for length in lengths]
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -91,47 +101,50 @@ def tree(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("batch", [1, 5])
 def test_the_image_tower_equals_pytorch(built: Built, batch: int) -> None:
     """Any batch, rows of unit length, the same as PyTorch's."""
-    torch.manual_seed(batch)
-    pixel_values = example_input(built.model.spec, "image", batch)
-    embeds, _ = run_tower(built.onnx_path("image"), "image", pixel_values)
+    feed = some_pixels(built.model.spec, batch)
+    embeds, _ = run_tower(built.onnx_path("image"), "image", feed)
     with torch.inference_mode():
-        expected = built.model.encode_image(pixel_values, normalize=True).numpy()
+        expected = built.model.encode_image(torch.from_numpy(feed["pixel_values"]), normalize=True).numpy()
     assert embeds.shape == (batch, 32)
     assert np.abs(embeds - expected).max() <= TOLERANCE
     assert np.abs(np.linalg.norm(embeds, axis=1) - 1).max() <= TOLERANCE
 
 
-@pytest.mark.parametrize(("batch", "length"), [(1, 3), (1, 52), (4, 8), (3, 64)])
-def test_the_text_tower_equals_pytorch(built: Built, batch: int, length: int) -> None:
-    """Any batch and any length up to the positions, with padding in all rows but the first."""
-    torch.manual_seed(length)
-    input_ids = example_input(built.model.spec, "text", batch, length)
-    input_ids[:, 0], input_ids[0, -1] = CLS_ID, SEP_ID
-    for row in range(1, batch):
-        end = max(2, length - 2 * row)
-        input_ids[row, end - 1], input_ids[row, end:] = SEP_ID, 0
-    embeds, _ = run_tower(built.onnx_path("text"), "text", input_ids)
+@pytest.mark.parametrize("lengths", [(3,), (52,), (8, 8, 8), (64, 3, 17, 9, 40)])
+def test_the_text_tower_equals_pytorch(built: Built, lengths: tuple[int, ...]) -> None:
+    """Any batch of any lengths up to the positions, packed, is what PyTorch makes of the same texts padded."""
+    rows = some_texts(built.model.spec, *lengths)
+    embeds, _ = run_tower(built.onnx_path("text"), "text", pack_rows(rows))
     with torch.inference_mode():
-        expected = built.model.encode_text(input_ids, normalize=True).numpy()
-    assert embeds.shape == (batch, 32)
+        expected = built.model.encode_text(torch.from_numpy(pad_rows(rows, max(lengths))), normalize=True).numpy()
+    assert embeds.shape == (len(lengths), 32)
     assert np.abs(embeds - expected).max() <= TOLERANCE
     assert np.abs(np.linalg.norm(embeds, axis=1) - 1).max() <= TOLERANCE
 
 
-def test_padding_changes_nothing(built: Built) -> None:
-    """A query in a longer bucket has the same vector: [CLS] does not see padding."""
-    torch.manual_seed(0)
-    input_ids = example_input(built.model.spec, "text", 2, 7)
-    short, _ = run_tower(built.onnx_path("text"), "text", input_ids)
-    padded, _ = run_tower(built.onnx_path("text"), "text", torch.nn.functional.pad(input_ids, (0, 17)))
-    assert np.abs(short - padded).max() <= TOLERANCE
+def test_a_text_does_not_see_its_neighbours(built: Built) -> None:
+    """Alone or among longer and shorter ones, it has the same vector."""
+    rows = some_texts(built.model.spec, 7, 30, 3)
+    together, _ = run_tower(built.onnx_path("text"), "text", pack_rows(rows))
+    for row, embeds in zip(rows, together, strict=True):
+        alone, _ = run_tower(built.onnx_path("text"), "text", pack_rows([row]))
+        assert np.abs(alone[0] - embeds).max() <= TOLERANCE
+
+
+def test_the_text_tower_tells_its_logit_scale(built: Built) -> None:
+    """The learned log, a row for every text."""
+    session = ort.InferenceSession(built.onnx_path("text"), providers=["CPUExecutionProvider"])
+    (scale,) = session.run(["logit_scale"], pack_rows(some_texts(built.model.spec, 5, 4)))
+    assert scale.tolist() == [[built.model.logit_scale.item()]] * 2
 
 
 @pytest.mark.parametrize("kind", TOWERS)
 def test_every_row_carries_the_fingerprint(built: Built, kind: TowerKind) -> None:
     """Of the weights in the checkpoint, the same in both towers, in build.json and in the result."""
     expected = model_fingerprint(built.model.spec, built.model.state_dict())
-    _, fingerprint = run_tower(built.onnx_path(kind), kind, example_input(built.model.spec, kind, 3))
+    spec = built.model.spec
+    feed = some_pixels(spec, 3) if kind == "image" else pack_rows(some_texts(spec, 5, 4, 9))
+    _, fingerprint = run_tower(built.onnx_path(kind), kind, feed)
     assert fingerprint.dtype == np.int64
     assert fingerprint.tolist() == [[expected]] * 3
     record = json.loads(built.onnx_path(kind).with_name("build.json").read_text(encoding="utf-8"))
@@ -172,8 +185,11 @@ def test_the_artifact_has_the_contracts_tensors(built: Built, kind: TowerKind) -
         for value in (*proto.graph.input, *proto.graph.output)
     }
     side = built.model.spec.vision.resolution
-    given = {"input_ids": [-1, -1]} if kind == "text" else {"pixel_values": [-1, 3, side, side]}
-    assert dims == given | {f"{kind}_embeds": [-1, 32], "fingerprint": [-1, 1]}
+    own = {
+        "text": {"input_ids": [-1], "text_offsets": [-1], "longest_text": [-1], "logit_scale": [-1, 1]},
+        "image": {"pixel_values": [-1, 3, side, side]},
+    }
+    assert dims == own[kind] | {f"{kind}_embeds": [-1, 32], "fingerprint": [-1, 1]}
     assert [one.version for one in proto.opset_import if one.domain in ("", "ai.onnx")] == [18]
     assert str(ROOT).encode() not in built.onnx_path(kind).read_bytes()
     assert b"site-packages" not in built.onnx_path(kind).read_bytes()

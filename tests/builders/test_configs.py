@@ -18,7 +18,7 @@ from builders.repository import (
     write_rendered,
 )
 from tuwen.errors import InvalidInput
-from tuwen.specs import LENGTH_BUCKETS, SPECS, ModelSpec, get_spec
+from tuwen.specs import SPECS, ModelSpec, get_spec
 
 VIT_B_16 = get_spec("ViT-B-16")
 
@@ -66,13 +66,15 @@ def test_names_and_dims_follow_the_spec(spec: ModelSpec) -> None:
     found = {name: tensors(config) for name, config in parsed(spec, slug).items()}
     text, image = ("TYPE_STRING", [1]), ("TYPE_UINT8", [-1])
     input_ids, pixel_values = ("TYPE_INT64", [-1]), ("TYPE_FP32", [3, side, side])
-    embeds, fingerprint = ("TYPE_FP32", [width]), ("TYPE_INT64", [1])
+    embeds, fingerprint, scale = ("TYPE_FP32", [width]), ("TYPE_INT64", [1]), ("TYPE_FP32", [1])
+    of_text = {"text_embeds": embeds, "fingerprint": fingerprint, "logit_scale": scale}
+    counts = {"num_tokens": ("TYPE_INT64", [1]), "truncated": ("TYPE_BOOL", [1])}
     assert found == {
-        "tokenize_text": {"text": text, "input_ids": input_ids},
+        "tokenize_text": {"text": text, "input_ids": input_ids} | counts,
         f"preprocess_image_{side}": {"image": image, "pixel_values": pixel_values},
-        f"{slug}_text_tower": {"input_ids": input_ids, "text_embeds": embeds, "fingerprint": fingerprint},
+        f"{slug}_text_tower": {"input_ids": input_ids} | of_text,
         f"{slug}_image_tower": {"pixel_values": pixel_values, "image_embeds": embeds, "fingerprint": fingerprint},
-        f"{slug}_text": {"text": text, "text_embeds": embeds, "fingerprint": fingerprint},
+        f"{slug}_text": {"text": text} | of_text | counts,
         f"{slug}_image": {"image": image, "image_embeds": embeds, "fingerprint": fingerprint},
     }
 
@@ -94,22 +96,38 @@ def test_ensembles_join_what_fits(spec: ModelSpec) -> None:
         assert {one.name for one in ensemble.output} <= produced
 
 
-def test_pictures_are_ragged_where_they_are_batched() -> None:
-    """Files of different sizes share a batch in preprocessing alone."""
+def test_what_varies_in_size_is_ragged_where_it_is_batched() -> None:
+    """Picture files in preprocessing, texts in their tower."""
     ragged = {
         (name, one.name)
         for name, config in parsed(VIT_B_16, "vit_b_16").items()
         for one in config.input
         if one.allow_ragged_batch
     }
-    assert ragged == {("preprocess_image_224", "image")}
+    assert ragged == {("preprocess_image_224", "image"), ("vit_b_16_text_tower", "input_ids")}
+
+
+def test_the_text_tower_is_told_where_texts_begin() -> None:
+    """Triton makes the graph's other two inputs of a ragged batch."""
+    made = parsed(VIT_B_16, "vit_b_16")["vit_b_16_text_tower"].batch_input
+    assert [name for one in made for name in one.target_name] == ["text_offsets", "longest_text"]
+    assert {source for one in made for source in one.source_input} == {"input_ids"}
+
+
+def test_every_queue_is_bounded() -> None:
+    """By priority; a request without one is bulk."""
+    for config in parsed(VIT_B_16, "vit_b_16").values():
+        if config.platform != "ensemble":
+            policies = config.dynamic_batching.priority_queue_policy
+            assert [policies[level].max_queue_size for level in (1, 2)] == [64, 256]
+            assert config.dynamic_batching.default_priority_level == 2
 
 
 def test_towers_warm_up_with_their_own_input() -> None:
     """The shortest and the longest text, one picture."""
     models = parsed(VIT_B_16, "vit_b_16")
     for name, expected in (
-        ("vit_b_16_text_tower", [[LENGTH_BUCKETS[0]], [LENGTH_BUCKETS[-1]]]),
+        ("vit_b_16_text_tower", [[9], [52]]),
         ("vit_b_16_image_tower", [[3, 224, 224]]),
     ):
         config = models[name]
@@ -122,7 +140,6 @@ def test_towers_warm_up_with_their_own_input() -> None:
 def test_python_steps_get_their_settings() -> None:
     """As strings, which is what Triton hands to model.py."""
     models = parsed(VIT_B_16, "vit_b_16")
-    assert models["tokenize_text"].parameters["length_buckets"].string_value == "8,12,16,24,32,52"
     assert models["preprocess_image_224"].parameters["resolution"].string_value == "224"
     assert {name for name, config in models.items() if config.backend == "python"} == {
         "tokenize_text",

@@ -1,32 +1,31 @@
-"""text BYTES [1], UTF-8 -> input_ids INT64 [L]; one bad text fails alone, with INVALID_ARGUMENT."""
+"""text BYTES [1], UTF-8 -> input_ids INT64 [L], num_tokens, truncated; one bad text fails alone."""
 
-import json
-
+import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from tuwen.errors import InvalidInput
-from tuwen.specs import CONTEXT_LENGTH
-from tuwen.tokenizer import check_text, default_tokenizer, normalize_text, pad_rows
+from tuwen.tokenizer import check_text, default_tokenizer, normalize_text
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        parameters = json.loads(args["model_config"])["parameters"]
-        self.buckets = sorted(int(size) for size in parameters["length_buckets"]["string_value"].split(","))
-        if self.buckets[-1] < CONTEXT_LENGTH:
-            raise ValueError(f"length_buckets end at {self.buckets[-1]}, the last must hold {CONTEXT_LENGTH}")
         self.tokenizer = default_tokenizer()
 
     def execute(self, requests):
         return [self._respond(request) for request in requests]
 
     def _respond(self, request):
+        texts = pb_utils.get_input_tensor_by_name(request, "text").as_numpy().ravel()
         try:
-            texts = pb_utils.get_input_tensor_by_name(request, "text").as_numpy()
-            rows = [self.tokenizer.encode_ids(normalize_text(check_text(text))) for text in texts.ravel()]
+            if len(texts) != 1:
+                raise InvalidInput(f"request has {len(texts)} texts, expected one; the server builds the batches")
+            ids, truncated = self.tokenizer.encode_checked(normalize_text(check_text(texts[0])))
         except InvalidInput as error:
             refused = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
             return pb_utils.InferenceResponse(error=refused)
-        longest = max(map(len, rows))
-        length = next(size for size in self.buckets if size >= longest)
-        return pb_utils.InferenceResponse([pb_utils.Tensor("input_ids", pad_rows(rows, length))])
+        outputs = {
+            "input_ids": np.array([ids], np.int64),
+            "num_tokens": np.array([[len(ids)]], np.int64),
+            "truncated": np.array([[truncated]], np.bool_),
+        }
+        return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in outputs.items()])

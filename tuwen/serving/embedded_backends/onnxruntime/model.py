@@ -35,6 +35,15 @@ _TRITON_TYPES = {
 }
 
 
+# Sizes of the batch's requests -> the tensor. Source: triton docs, "Ragged Batching"; the C++ backend makes the same.
+_BATCH_INPUTS: dict[str, Callable[[list[int]], Any]] = {
+    "BATCH_ELEMENT_COUNT": lambda sizes: np.array(sizes, np.int32),
+    "BATCH_ACCUMULATED_ELEMENT_COUNT": lambda sizes: np.cumsum(sizes, dtype=np.int32),
+    "BATCH_ACCUMULATED_ELEMENT_COUNT_WITH_ZERO": lambda sizes: np.cumsum([0, *sizes], dtype=np.int32),
+    "BATCH_MAX_ELEMENT_COUNT_AS_SHAPE": lambda sizes: np.zeros(max(sizes), np.int32),
+}
+
+
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
@@ -48,7 +57,16 @@ class TritonPythonModel:
         except Exception as error:  # ONNX Runtime's errors share no base class
             raise pb_utils.TritonModelException(f"{path} is not a model that ONNX Runtime runs: {error}") from error
         self._is_batching = config["max_batch_size"] > 0
-        _check_tensors(path, "input", config, self._session.get_inputs(), self._is_batching)
+        self._batch_inputs = {
+            name: _BATCH_INPUTS[_supported_kind(each)]
+            for each in config.get("batch_input", [])
+            for name in each["target_name"]
+        }
+        self._ragged = {tensor["name"] for tensor in config["input"] if tensor.get("allow_ragged_batch")}
+        made = self._batch_inputs.keys()
+        _check_tensors(
+            path, "input", config, [t for t in self._session.get_inputs() if t.name not in made], self._is_batching
+        )
         _check_tensors(path, "output", config, self._session.get_outputs(), self._is_batching)
         self._input_names = [tensor["name"] for tensor in config["input"]]
         self._string_inputs = {tensor["name"] for tensor in config["input"] if tensor["data_type"] == "TYPE_STRING"}
@@ -63,7 +81,7 @@ class TritonPythonModel:
             except UnicodeDecodeError as error:
                 responses[index] = _error_response(f"a text is not UTF-8: {error}", pb_utils.TritonError.INVALID_ARG)
                 continue
-            shapes = tuple(array.shape[1:] for array in feed.values()) if self._is_batching else index
+            shapes = self._batch_key(feed) if self._is_batching else index
             batches[shapes, tuple(sorted(request.requested_output_names()))].append((index, feed))
         for (_, output_names), batch in batches.items():
             answers = self._run([feed for _, feed in batch], list(output_names))
@@ -78,10 +96,26 @@ class TritonPythonModel:
             feed[name] = np.array(texts, dtype=np.object_).reshape(feed[name].shape)
         return feed
 
+    def _batch_key(self, feed: Feed) -> Any:
+        """Requests of equal key may run as one batch: ragged inputs of any length may."""
+        return tuple(array.shape[1:] for name, array in feed.items() if name not in self._ragged)
+
+    def _join(self, feeds: list[Feed]) -> Feed:
+        """One batch: inputs stacked, ragged ones end to end, and what `batch_input` derives from their sizes."""
+        first = feeds[0]
+        feed = {
+            name: np.concatenate([each[name].ravel() if name in self._ragged else each[name] for each in feeds])
+            for name in first
+            if len(feeds) > 1 or name in self._ragged
+        }
+        for name, derive in self._batch_inputs.items():
+            sizes = [each[source].size for each in feeds for source in self._ragged]
+            feed[name] = derive(sizes)
+        return first | feed
+
     def _run(self, feeds: list[Feed], output_names: list[str]) -> list[Any]:
         """Responses to one batch; when it fails each request runs again alone, so that only the bad one fails."""
-        first = feeds[0]
-        feed = first if len(feeds) == 1 else {name: np.concatenate([each[name] for each in feeds]) for name in first}
+        feed = self._join(feeds)
         lengths = [len(next(iter(each.values()))) for each in feeds] if self._is_batching else []
         try:
             outputs = self._session.run(output_names, feed, self._run_options)
@@ -98,6 +132,16 @@ class TritonPythonModel:
         ends = np.cumsum(lengths)[:-1]
         rows = zip(*(np.split(output, ends) for output in outputs), strict=True)  # views, no copies
         return [_response(output_names, arrays) for arrays in rows]
+
+
+def _supported_kind(batch_input: dict[str, Any]) -> str:
+    kind, sources, data_type = batch_input["kind"], batch_input["source_input"], batch_input["data_type"]
+    if kind not in _BATCH_INPUTS or len(sources) != 1 or data_type != "TYPE_INT32":
+        raise pb_utils.TritonModelException(
+            f"batch_input {kind} of {sources} as {data_type}: expected one source, TYPE_INT32, and a kind of "
+            f"{', '.join(_BATCH_INPUTS)}"
+        )
+    return str(kind)
 
 
 def _response(names: list[str], arrays: Any) -> Any:
@@ -155,7 +199,8 @@ def _check_tensors(path: Path, kind: str, config: dict[str, Any], tensors: list[
             told = f"{tensor['data_type']} in config.pbtxt but {found.type} in {path}"
             raise pb_utils.TritonModelException(f"{kind} {name} is {told}")
         dims = [int(dim) for dim in tensor.get("reshape", {}).get("shape", tensor["dims"])]
-        told_shape = [-1, *dims] if is_batching else dims
+        # A ragged input has no batch dimension: its requests are laid end to end.
+        told_shape = [-1, *dims] if is_batching and not tensor.get("allow_ragged_batch") else dims
         # A named or unknown dimension of the graph takes any size; a fixed one takes its own alone.
         shape = [dim if isinstance(dim, int) else -1 for dim in found.shape]
         if len(shape) != len(told_shape) or any(d not in (-1, t) for d, t in zip(shape, told_shape, strict=True)):
