@@ -112,7 +112,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(repository: Path) -> Iterator[EmbeddedServer]:
-    with make_server(repository, models=["pipeline", "wide", "embedding", "loose", "mixed"]) as server:
+    with make_server(repository, models=["pipeline", "wide", "embedding", "loose", "ragged", "mixed"]) as server:
         yield server
 
 
@@ -155,6 +155,13 @@ def test_a_bad_value_fails_alone_in_its_batch(served: EmbeddedServer) -> None:
             assert "out of data bounds" in answer.message()
         else:
             assert np.array_equal(answer, TABLE[None, [row]])
+
+
+def test_requests_of_any_length_are_laid_end_to_end(served: EmbeddedServer) -> None:
+    """One batch of them all, by Triton's ragged batching: each gets its own sum, and all hear of the longest."""
+    requests = [np.full((1, length), length, np.float32) for length in (4, 1, 7, 2)]
+    answers = infer_together(served, "ragged", "x", requests)
+    assert [answer.tolist() for answer in answers] == [[[16, 7]], [[1, 7]], [[49, 7]], [[4, 7]]]
 
 
 def test_a_wrong_shape_fails_alone(served: EmbeddedServer) -> None:

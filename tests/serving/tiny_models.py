@@ -100,7 +100,7 @@ def write_pipeline(repository: Path) -> None:
 
 
 def write_others(repository: Path) -> None:
-    """`wide` (a tower, three threads), `embedding`, `loose` (any width, ragged), `mixed` (text and ids, unbatched)."""
+    """`wide` (three threads), `embedding`, `loose` (any width), `ragged`, `mixed` (text and ids, unbatched)."""
     tower_io = io("input", "x", "TYPE_FP32", "4") + io("output", "y", "TYPE_FP32", "3")
     write_model(repository, "wide", BATCHED + tower_io + parameter("intra_op_thread_count", "3"), make_tower())
     write_model(
@@ -114,8 +114,9 @@ def write_others(repository: Path) -> None:
             {"table": TABLE},
         ),
     )
-    loose_io = io("input", "x", "TYPE_FP32", "-1", "allow_ragged_batch: true") + io("output", "y", "TYPE_FP32", "3")
+    loose_io = io("input", "x", "TYPE_FP32", "-1") + io("output", "y", "TYPE_FP32", "3")
     write_model(repository, "loose", BATCHED + loose_io, make_tower("features"))
+    write_ragged(repository)
     texts, ids = ("TYPE_STRING", [2]), ("TYPE_INT64", [2])
     write_model(
         repository,
@@ -130,3 +131,38 @@ def write_others(repository: Path) -> None:
             {},
         ),
     )
+
+
+def write_ragged(repository: Path) -> None:
+    """`ragged`: requests of any length laid end to end -> the sum of each, and how long the longest is."""
+    kinds = {"offsets": "BATCH_ACCUMULATED_ELEMENT_COUNT_WITH_ZERO", "longest": "BATCH_MAX_ELEMENT_COUNT_AS_SHAPE"}
+    batch_inputs = "".join(
+        f'batch_input [{{ kind: {kind} target_name: "{name}" data_type: TYPE_INT32 source_input: "x" }}]\n'
+        for name, kind in kinds.items()
+    )
+    tensors = io("input", "x", "TYPE_FP32", "-1", "allow_ragged_batch: true") + io("output", "y", "TYPE_FP32", "2")
+    nodes = [
+        helper.make_node("CumSum", ["x", "zero"], ["sums"]),
+        helper.make_node("Concat", ["nothing", "sums"], ["sums_before"], axis=0),
+        helper.make_node("Gather", ["sums_before", "offsets"], ["at_offsets"]),
+        helper.make_node("Slice", ["at_offsets", "one", "end"], ["at_ends"]),
+        helper.make_node("Slice", ["at_offsets", "start", "minus_one"], ["at_starts"]),
+        helper.make_node("Sub", ["at_ends", "at_starts"], ["flat"]),
+        helper.make_node("Unsqueeze", ["flat", "one"], ["total"]),
+        helper.make_node("Shape", ["longest"], ["length"]),
+        helper.make_node("Cast", ["length"], ["length_fp32"], to=TensorProto.FLOAT),
+        helper.make_node("Shape", ["total"], ["column"]),
+        helper.make_node("Expand", ["length_fp32", "column"], ["lengths"]),
+        helper.make_node("Concat", ["total", "lengths"], ["y"], axis=1),
+    ]
+    constants = {"zero": 0, "one": [1], "start": [0], "minus_one": [-1], "end": [2**31]}
+    initializers = {name: np.array(value, np.int64) for name, value in constants.items()}
+    graph = make_onnx(
+        nodes,
+        {"x": ("TYPE_FP32", ["total_length"])},
+        {"y": ("TYPE_FP32", ["batch", 2])},
+        initializers | {"nothing": np.zeros(1, np.float32)},
+    )
+    for name, size in (("offsets", "batch_plus_one"), ("longest", "length")):
+        graph.graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT32, [size]))
+    write_model(repository, "ragged", BATCHED + tensors + batch_inputs, graph)
