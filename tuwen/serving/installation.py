@@ -33,6 +33,7 @@ class Installation:
     libs_dir: Path
     python_backend_dir: Path
     stub_path: Path
+    caches_dir: Path
 
 
 def find_installation() -> Installation:
@@ -53,6 +54,7 @@ def find_installation() -> Installation:
         libs_dir=package_dir.parent / "nvidia_pytriton.libs",
         python_backend_dir=triton_dir / "backends" / "python",
         stub_path=stubs_dir / _PYTHON_VERSION / _STUB_NAME,
+        caches_dir=triton_dir / "caches",
     )
     if not installation.binary.is_file():
         raise MissingDependency(f"nvidia-pytriton is incomplete, {installation.binary} is missing: {_INSTALL_HINT}")

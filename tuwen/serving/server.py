@@ -31,7 +31,10 @@ from tuwen.serving.server_process import ServerProcess
 log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 30
+# 64 MiB holds some 30,000 text embeddings of 512 numbers: Triton's entry is the row and about 150 bytes more.
+DEFAULT_CACHE_SIZE_BYTES = 64 << 20
 _POLL_INTERVAL_S = 0.05
+_LATENCY_QUANTILES = "0.5:0.05,0.95:0.005,0.99:0.001"  # each with its allowed error
 _BUILD_HINT = "run `tuwen build --checkpoint ...` first"
 
 
@@ -63,6 +66,7 @@ class EmbeddedServer:
         log_path: Path | None = None,
         startup_timeout_s: float = 120.0,
         model_config_name: str | None = None,
+        cache_size_bytes: int = DEFAULT_CACHE_SIZE_BYTES,
     ) -> None:
         """Nothing is touched before start().
 
@@ -70,6 +74,7 @@ class EmbeddedServer:
             models: the models to load, with the parts of ensembles; none given: every ensemble that is built.
             log_path: Triton's log; None keeps it in a temporary folder, which an orderly stop removes.
             model_config_name: the profile: configs/NAME.pbtxt where a model has one, config.pbtxt elsewhere.
+            cache_size_bytes: of the cache of answers, for models whose config says response_cache; 0 turns it off.
         """
         self._repository = repository.absolute()
         self._models = models
@@ -77,6 +82,7 @@ class EmbeddedServer:
         self._ports = {"--grpc-port": grpc_port, "--http-port": http_port, "--metrics-port": metrics_port}
         self._startup_timeout_s = startup_timeout_s
         self._model_config_name = model_config_name
+        self._cache_size_bytes = cache_size_bytes
         # A wildcard address is for listening; a client on this machine uses loopback.
         self._client_host = "127.0.0.1" if host == "0.0.0.0" else host
         self._log_path = log_path.absolute() if log_path else None
@@ -209,7 +215,7 @@ class EmbeddedServer:
         shm_prefix = f"tuwen_{os.getpid()}_{uuid.uuid4().hex[:8]}_"
         try:
             return ServerProcess(
-                [str(installation.binary), *self._arguments(models, run_dir / BACKENDS, shm_prefix)],
+                [str(installation.binary), *self._arguments(installation, models, run_dir, shm_prefix)],
                 environment=server_environment(installation),
                 run_dir=run_dir,
                 log_path=self._log_path,
@@ -218,10 +224,10 @@ class EmbeddedServer:
         except OSError as error:
             raise ServerError(f"cannot start the server: {error}") from error
 
-    def _arguments(self, models: list[str], backends_dir: Path, shm_prefix: str) -> list[str]:
+    def _arguments(self, installation: Installation, models: list[str], run_dir: Path, shm_prefix: str) -> list[str]:
         return [
             f"--model-repository={self._repository}",
-            f"--backend-directory={backends_dir}",
+            f"--backend-directory={run_dir / BACKENDS}",
             "--model-control-mode=explicit",
             *(f"--load-model={name}" for name in models),
             *([f"--model-config-name={self._model_config_name}"] if self._model_config_name else []),
@@ -233,6 +239,10 @@ class EmbeddedServer:
             *(f"--{service}-address={self._host}" for service in ("grpc", "http", "metrics")),
             *(f"{flag}={port}" for flag, port in self._ports.items()),
             f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
+            f"--cache-directory={installation.caches_dir}",
+            *([f"--cache-config=local,size={self._cache_size_bytes}"] if self._cache_size_bytes else []),
+            "--metrics-config=summary_latencies=true",
+            f"--metrics-config=summary_quantiles={_LATENCY_QUANTILES}",
         ]
 
     def _await_ready(self, process: ServerProcess, models: list[str], deadline: float) -> None:
