@@ -40,7 +40,7 @@ PHOTOGRAPHS = (
 def photographs() -> Iterator[tuple[str, Image.Image]]:
     """The photographs inside the wheels of scikit-image and scikit-learn."""
     import skimage.data
-    import sklearn.datasets  # type: ignore[import-untyped]
+    import sklearn.datasets
 
     for name in PHOTOGRAPHS:
         yield name, Image.open(Path(skimage.data.__file__).parent / name).convert("RGB")

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tuwen.errors import TuwenError
+from tuwen.serving.access import Tls, check_token, new_token, token_arguments
 from tuwen.serving.installation import BACKENDS, Installation, assemble_run_dir, find_installation, server_environment
 from tuwen.serving.model_repository import built_ensembles, missing_files, model_names
 from tuwen.serving.server_log import explain_failed_start, last_meaningful_line
@@ -34,7 +35,16 @@ STOP_TIMEOUT_S = 30
 # 64 MiB holds some 30,000 text embeddings of 512 numbers: Triton's entry is the row and about 150 bytes more.
 DEFAULT_CACHE_SIZE_BYTES = 64 << 20
 _POLL_INTERVAL_S = 0.05
-_LATENCY_QUANTILES = "0.5:0.05,0.95:0.005,0.99:0.001"  # each with its allowed error
+_LOOPBACK = "127.0.0.1"
+_FIXED_ARGUMENTS = (
+    # Our configurations are complete. Completing them starts every model process twice: 1.9 s against 0.3 s.
+    "--disable-auto-complete-config",
+    "--exit-on-error=true",
+    "--strict-readiness=true",
+    f"--exit-timeout-secs={STOP_TIMEOUT_S}",
+    "--metrics-config=summary_latencies=true",
+    "--metrics-config=summary_quantiles=0.5:0.05,0.95:0.005,0.99:0.001",  # each with its allowed error
+)
 _BUILD_HINT = "run `tuwen build --checkpoint ...` first"
 
 
@@ -67,6 +77,8 @@ class EmbeddedServer:
         startup_timeout_s: float = 120.0,
         model_config_name: str | None = None,
         cache_size_bytes: int = DEFAULT_CACHE_SIZE_BYTES,
+        tls: Tls | None = None,
+        admin_token: str | None = None,
     ) -> None:
         """Nothing is touched before start().
 
@@ -75,16 +87,23 @@ class EmbeddedServer:
             log_path: Triton's log; None keeps it in a temporary folder, which an orderly stop removes.
             model_config_name: the profile: configs/NAME.pbtxt where a model has one, config.pbtxt elsewhere.
             cache_size_bytes: of the cache of answers, for models whose config says response_cache; 0 turns it off.
+            tls: of the gRPC endpoint; Triton's HTTP has none, so HTTP and metrics then stay on loopback.
+            admin_token: opens loading, tracing, logging and shared memory; None: one that is made up.
         """
         self._repository = repository.absolute()
         self._models = models
+        self.models: list[str] = []  # those that are served, once started
         self._host = host
         self._ports = {"--grpc-port": grpc_port, "--http-port": http_port, "--metrics-port": metrics_port}
         self._startup_timeout_s = startup_timeout_s
         self._model_config_name = model_config_name
         self._cache_size_bytes = cache_size_bytes
+        self._tls = tls
+        self.admin_token = check_token(admin_token, "admin_token") if admin_token is not None else new_token()
         # A wildcard address is for listening; a client on this machine uses loopback.
-        self._client_host = "127.0.0.1" if host == "0.0.0.0" else host
+        self._client_host = _LOOPBACK if host == "0.0.0.0" else host
+        self._plain_host = _LOOPBACK if tls else host
+        self._plain_client_host = _LOOPBACK if tls else self._client_host
         self._log_path = log_path.absolute() if log_path else None
         self._state_dir: Path | None = None
         self._process: ServerProcess | None = None
@@ -93,8 +112,9 @@ class EmbeddedServer:
     @property
     def endpoints(self) -> Endpoints:
         """Where clients on this machine reach the server."""
-        grpc, http, metrics = (f"{self._client_host}:{port}" for port in self._ports.values())
-        return Endpoints(grpc=grpc, http=f"http://{http}", metrics=f"http://{metrics}/metrics")
+        grpc, http, metrics = self._ports.values()
+        plain = f"http://{self._plain_client_host}"
+        return Endpoints(f"{self._client_host}:{grpc}", f"{plain}:{http}", f"{plain}:{metrics}/metrics")
 
     @property
     def pid(self) -> int | None:
@@ -131,31 +151,36 @@ class EmbeddedServer:
         if self._process is not None:
             raise ServerError("this server has been started already: make a new EmbeddedServer")
         installation = find_installation()
-        models = self._choose_models()
+        self.models = self._choose_models()
+        if self._tls:
+            self._tls.check()
         self._check_ports()
         started_at = time.monotonic()
         try:
-            self._process = self._launch(installation, models)
-            self._await_ready(self._process, models, started_at + self._startup_timeout_s)
+            self._process = self._launch(installation, self.models)
+            self._await_ready(self._process, self.models, started_at + self._startup_timeout_s)
         except BaseException:
             self.stop(timeout_s=0)
             raise
-        log.info("%s ready after %.1f s at %s", ", ".join(models), time.monotonic() - started_at, self.endpoints.grpc)
+        log.info(
+            "%s ready after %.1f s at %s", ", ".join(self.models), time.monotonic() - started_at, self.endpoints.grpc
+        )
         return self.endpoints
 
-    def wait(self) -> None:
-        """Block until the server ends; return when it was asked to.
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Block until the server ends; whether it did, as it was asked to, within the time given.
 
         Raises:
             ServerError: the server or one of its model processes died; stop() clears up what is left.
         """
         if self._process is None:
             raise ServerError("this server has not been started")
-        self._process.over.wait()
+        if not self._process.over.wait(timeout_s):
+            return False
         if not self._process.has_died:
-            return
+            return True
         if self._process.dead_model:
-            raise self._error(f"the process of model instance {self._process.dead_model} died; start the server again")
+            raise self._error(f"the process of model instance {self._process.dead_model} died")
         raise self._error(_describe_exit(self._process.returncode) + self._last_line())
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
@@ -198,12 +223,13 @@ class EmbeddedServer:
             flags[port] = flag
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                host = self._host if flag == "--grpc-port" else self._plain_host
                 try:
-                    probe.bind((self._host, port))
+                    probe.bind((host, port))
                 except OSError as error:
                     if error.errno == errno.EADDRINUSE:
                         raise ServerError(f"port {port} is taken: choose another with {flag}") from error
-                    raise ServerError(f"cannot listen on {self._host}:{port} ({flag}): {error.strerror}") from error
+                    raise ServerError(f"cannot listen on {host}:{port} ({flag}): {error.strerror}") from error
 
     def _launch(self, installation: Installation, models: list[str]) -> ServerProcess:
         self._state_dir = Path(tempfile.mkdtemp(prefix="tuwen-serve-"))
@@ -231,18 +257,15 @@ class EmbeddedServer:
             "--model-control-mode=explicit",
             *(f"--load-model={name}" for name in models),
             *([f"--model-config-name={self._model_config_name}"] if self._model_config_name else []),
-            # Our configurations are complete. Completing them starts every model process twice: 1.9 s against 0.3 s.
-            "--disable-auto-complete-config",
-            "--exit-on-error=true",
-            "--strict-readiness=true",
-            f"--exit-timeout-secs={STOP_TIMEOUT_S}",
-            *(f"--{service}-address={self._host}" for service in ("grpc", "http", "metrics")),
+            f"--grpc-address={self._host}",
+            *(f"--{service}-address={self._plain_host}" for service in ("http", "metrics")),
             *(f"{flag}={port}" for flag, port in self._ports.items()),
+            *(self._tls.arguments() if self._tls else []),
+            *token_arguments(self.admin_token),
             f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
             f"--cache-directory={installation.caches_dir}",
             *([f"--cache-config=local,size={self._cache_size_bytes}"] if self._cache_size_bytes else []),
-            "--metrics-config=summary_latencies=true",
-            f"--metrics-config=summary_quantiles={_LATENCY_QUANTILES}",
+            *_FIXED_ARGUMENTS,
         ]
 
     def _await_ready(self, process: ServerProcess, models: list[str], deadline: float) -> None:
@@ -261,7 +284,7 @@ class EmbeddedServer:
                 process.exited.wait(_POLL_INTERVAL_S)
 
     def _answers(self, port: int, path: str) -> bool:
-        connection = http.client.HTTPConnection(self._client_host, port, timeout=5)
+        connection = http.client.HTTPConnection(self._plain_client_host, port, timeout=5)
         try:
             connection.request("GET", path)
             return connection.getresponse().status == http.client.OK

@@ -113,10 +113,11 @@ class Client:
         """
         self._check_open()
         try:
-            index = self._triton.get_model_repository_index(client_timeout=self.timeout_s)
+            # The index of models would say the same, but belongs to a protocol that wants the admin token.
+            statistics = self._triton.get_inference_statistics(client_timeout=self.timeout_s)
         except InferenceServerException as error:
             raise from_triton(error) from error
-        ready = {entry.name for entry in index.models if entry.state == "READY"}
+        ready = {entry.name for entry in statistics.model_stats}
         names = (name.removesuffix("_text") for name in ready if name.endswith("_text"))
         return sorted(name for name in names if f"{name}_image" in ready)
 

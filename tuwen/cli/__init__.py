@@ -1,0 +1,50 @@
+"""`tuwen ...`: one Typer app. A command is a thin call into a package, imported when the command runs.
+
+stdout is the result, stderr the log and the progress. Exit 0 done, 1 failed with one sentence, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+from rich.logging import RichHandler
+from rich.markup import escape
+
+from tuwen.cli.console import stderr
+from tuwen.cli.data import data_app
+from tuwen.cli.model import build, eval_app, render, train
+from tuwen.cli.search import search
+from tuwen.cli.serving import serve
+
+app = typer.Typer(
+    help="图文 Tuwen: train, evaluate, build and serve Chinese-CLIP.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(data_app, name="data")
+app.command()(train)
+app.add_typer(eval_app, name="eval")
+for command in (build, render, serve, search):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point: our own errors become one sentence; anything else is a bug and keeps its traceback."""
+    handler = RichHandler(console=stderr, show_time=False, show_level=False, show_path=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        app()
+    except Exception as error:
+        if not _is_ours(error):
+            raise
+        stderr.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(1)
+
+
+def _is_ours(error: Exception) -> bool:
+    """The library's errors, and the client's, which has a base class of its own and the same name."""
+    return any(base.__name__ == "TuwenError" for base in type(error).__mro__)

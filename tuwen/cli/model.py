@@ -1,0 +1,100 @@
+"""From data to a served model: `tuwen train`, `tuwen eval ...`, `tuwen build`, `tuwen render`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from tuwen.cli.console import DEFAULT_REPOSITORY, Checkpoint, Data, Json, Repository, progress_bar, stderr, stdout
+
+eval_app = typer.Typer(help="Measure a checkpoint.", no_args_is_help=True)
+
+
+def train(recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")]) -> None:
+    """Train from a recipe; prints the checkpoint folder."""
+    from training.recipe import load_recipe
+    from training.train import Progress as TrainingProgress
+    from training.train import train as run_training
+
+    loaded = load_recipe(recipe)
+    with progress_bar("training") as report:
+
+        def show(progress: TrainingProgress) -> None:
+            state = f"loss {progress.loss:.3f}  recall@10 {progress.recall_at_10:.1%}"
+            report(progress.step, progress.num_steps, state)
+
+        out = run_training(loaded, show)
+    stdout.print(out)
+
+
+@eval_app.command("retrieval")
+def eval_retrieval(
+    checkpoint: Checkpoint,
+    data: Data,
+    split: Annotated[str, typer.Option("--split", help="Which split of the data.")] = "valid",
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """R@1, R@5, R@10 and their mean, text to image and image to text."""
+    from eval.retrieval import evaluate_checkpoint
+
+    with progress_bar("embedding pictures") as report:
+        result = evaluate_checkpoint(checkpoint, data, split, device, report)
+    if as_json:
+        print(json.dumps(result))
+        return
+    table = Table(title=f"{result['architecture']} on {data} ({split}, {result['num_images']} pictures)")
+    for column in ("", "R@1", "R@5", "R@10", "mean", "queries"):
+        table.add_column(column, justify="right" if column else "left")
+    for direction in ("text_to_image", "image_to_text"):
+        scores = result[direction]
+        figures = (f"{scores[key]:.1%}" for key in ("r1", "r5", "r10", "mean_recall"))
+        table.add_row(direction.replace("_", " "), *figures, str(scores["num_queries"]))
+    stdout.print(table)
+
+
+def build(
+    checkpoint: Checkpoint,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name to serve under; default: the architecture's.")
+    ] = None,
+    model_version: Annotated[int, typer.Option("--version", help="Version folder; new weights go beside the old.")] = 1,
+    repository: Repository = DEFAULT_REPOSITORY,
+    as_json: Json = False,
+) -> None:
+    """Export a checkpoint to ONNX, check it against PyTorch, and place it in the model repository."""
+    from builders.build import build as run_build
+
+    with stderr.status("building") as status:
+        result = run_build(checkpoint, name, repository, model_version, lambda stage: status.update(stage))
+    if as_json:
+        parity = {kind: vars(measured) for kind, measured in result.parity.items()}
+        print(json.dumps({"name": result.name, "fingerprint": result.fingerprint, "parity_with_pytorch": parity}))
+        return
+    for kind, parity_of_tower in result.parity.items():
+        stdout.print(
+            f"{result.repository}/{result.name}_{kind}_tower/{result.version}: equals PyTorch to cosine "
+            f"{parity_of_tower.min_cosine:.6f}, largest difference {parity_of_tower.max_abs_diff:.1e}",
+            soft_wrap=True,
+        )
+    stdout.print(f"fingerprint {result.fingerprint}; now run: tuwen serve")
+
+
+def render(
+    check: Annotated[bool, typer.Option("--check", help="Only say what differs.")] = False,
+    repository: Repository = DEFAULT_REPOSITORY,
+) -> None:
+    """Render the committed server configs from tuwen/specs.py."""
+    from builders.repository import committed_files, drifted, write_rendered
+    from tuwen.errors import InvalidInput
+
+    if not check:
+        for path in write_rendered(committed_files(), repository, overwrite=True):
+            stdout.print(repository / path)
+        return
+    if paths := drifted(committed_files(), repository):
+        raise InvalidInput(f"{repository}: {', '.join(map(str, paths))} differ from the specs; run `tuwen render`")
