@@ -12,10 +12,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from builders.onnx_export import OPSET, TOWERS, ExportFailed, TowerKind, export_tower
 from builders.parity import MAX_ABS_DIFF, MIN_COSINE, Parity, measure_parity
+from builders.quantize import MAX_RECALL_LOSS, QuantizationCost, measure_cost, quantize_tower
+from builders.quantize import MIN_COSINE as MIN_INT8_COSINE
 from builders.repository import REPOSITORY_DIR, check_contract, rendered_files, write_rendered
 from tuwen import __version__
 from tuwen.checkpoint import load_checkpoint
@@ -25,6 +27,7 @@ from tuwen.fingerprint import model_fingerprint
 from tuwen.hub import PUBLISHED, download
 from tuwen.model import ChineseCLIP
 
+Precision = Literal["fp32", "int8"]
 # Packages whose version shapes the artifact.
 _TOOLS = ("torch", "onnx", "onnxscript", "onnx-graphsurgeon", "onnxruntime")
 
@@ -38,6 +41,8 @@ class BuildResult:
     fingerprint: int
     parity: dict[TowerKind, Parity]
     repository: Path
+    precision: Precision = "fp32"
+    int8_cost: QuantizationCost | None = None
 
 
 def build(
@@ -46,6 +51,7 @@ def build(
     repository: Path = REPOSITORY_DIR,
     model_version: int = 1,
     on_stage: Callable[[str], None] = lambda stage: None,
+    precision: Precision = "fp32",
 ) -> BuildResult:
     """Export, check and place both towers of a checkpoint; nothing is placed unless both pass.
 
@@ -54,13 +60,16 @@ def build(
         name: what the models are served under; by default the architecture's slug.
         model_version: the version folder; a fine-tuned checkpoint becomes 2 beside 1.
         on_stage: hears what is going on, a short phrase each time.
+        precision: int8 quantises the towers that passed, and places them only if that costs next to nothing.
     Raises:
-        InvalidInput: the checkpoint cannot be read, the version is no positive number, or the name is that of a
-            model with other tensors.
-        ExportFailed: a tower cannot be exported, or differs from PyTorch.
+        InvalidInput: the checkpoint cannot be read, the version is no positive number, the precision is unknown, or
+            the name is that of a model with other tensors.
+        ExportFailed: a tower cannot be exported, differs from PyTorch, or loses too much by int8.
     """
     if model_version < 1:
         raise InvalidInput(f"version {model_version}: expected 1 or more")
+    if precision not in get_args(Precision):
+        raise InvalidInput(f"precision {precision}: expected {' or '.join(get_args(Precision))}")
     on_stage("reading the checkpoint")
     if not checkpoint.exists() and str(checkpoint) in PUBLISHED:
         checkpoint = download(str(checkpoint), Path("~/.cache/clip").expanduser())
@@ -75,7 +84,9 @@ def build(
         parity = {}
         for kind in TOWERS:
             parity[kind] = _build_tower(model, kind, fingerprint, staging / kind, on_stage)
-            record = _build_record(model, checkpoint, kind, fingerprint, parity[kind])
+        int8_cost = _quantize(model, staging, on_stage) if precision == "int8" else None
+        for kind in TOWERS:
+            record = _build_record(model, checkpoint, kind, fingerprint, parity[kind], int8_cost)
             (staging / kind / "build.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         on_stage("placing")
         files |= _shared_code()
@@ -83,7 +94,7 @@ def build(
         for kind in TOWERS:
             _place(staging / kind, repository / f"{name}_{kind}_tower" / str(model_version))
             (repository / f"{name}_{kind}" / str(model_version)).mkdir(exist_ok=True)
-    return BuildResult(name, model_version, fingerprint, parity, repository)
+    return BuildResult(name, model_version, fingerprint, parity, repository, precision, int8_cost)
 
 
 def _build_tower(
@@ -103,8 +114,35 @@ def _build_tower(
     return parity
 
 
+def _quantize(model: ChineseCLIP, staging: Path, on_stage: Callable[[str], None]) -> QuantizationCost:
+    """Replace both staged towers by their int8 form."""
+    fp32: dict[TowerKind, Path] = {kind: staging / kind / "model.onnx" for kind in TOWERS}
+    int8: dict[TowerKind, Path] = {kind: staging / kind / "int8.onnx" for kind in TOWERS}
+    for kind in TOWERS:
+        on_stage(f"quantising the {kind} tower")
+        quantize_tower(fp32[kind], int8[kind])
+    on_stage("comparing int8 with float32 on Emoji-CN")
+    context_length = min(model.spec.context_length, model.spec.text.max_positions)
+    cost = measure_cost(fp32, int8, model.spec.vision.resolution, context_length)
+    if not cost.passed:
+        raise ExportFailed(
+            f"int8: cosine {min(cost.min_cosine.values()):.5f}, recall@10 {cost.recall_at_10:.1%} where float32 has "
+            f"{cost.recall_at_10_fp32:.1%}; expected at least {MIN_INT8_COSINE} and a loss of at most "
+            f"{100 * MAX_RECALL_LOSS:.1f} points, so nothing was placed"
+        )
+    for kind in TOWERS:
+        int8[kind].replace(fp32[kind])
+        fp32[kind].with_name("model.onnx.data").unlink(missing_ok=True)
+    return cost
+
+
 def _build_record(
-    model: ChineseCLIP, checkpoint: Path, kind: TowerKind, fingerprint: int, parity: Parity
+    model: ChineseCLIP,
+    checkpoint: Path,
+    kind: TowerKind,
+    fingerprint: int,
+    parity: Parity,
+    int8_cost: QuantizationCost | None,
 ) -> dict[str, Any]:
     weights = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
     with open(weights, "rb") as file:
@@ -114,9 +152,10 @@ def _build_record(
         "tower": kind,
         "fingerprint": fingerprint,
         "checkpoint": {"name": checkpoint.name, "sha256": digest},
-        "precision": "fp32",
+        "precision": "int8" if int8_cost else "fp32",
         "opset": OPSET,
-        "parity_with_pytorch": asdict(parity),
+        "parity_with_pytorch": asdict(parity),  # of the float32 export, also where int8 is what is served
+        **({"int8_against_fp32": asdict(int8_cost)} if int8_cost else {}),
         "tools": {"tuwen": __version__} | {tool: version(tool) for tool in _TOOLS},
     }
 

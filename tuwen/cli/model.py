@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,14 @@ import typer
 from rich.table import Table
 
 from tuwen.cli.console import DEFAULT_REPOSITORY, Checkpoint, Data, Json, Repository, progress_bar, stderr, stdout
+
+
+class Precision(StrEnum):
+    """Of the served towers' weights."""
+
+    fp32 = "fp32"
+    int8 = "int8"
+
 
 eval_app = typer.Typer(help="Measure a checkpoint.", no_args_is_help=True)
 
@@ -63,6 +72,7 @@ def build(
         str | None, typer.Option("--name", help="Name to serve under; default: the architecture's.")
     ] = None,
     model_version: Annotated[int, typer.Option("--version", help="Version folder; new weights go beside the old.")] = 1,
+    precision: Annotated[Precision, typer.Option("--precision", help="int8 is faster, and checked.")] = Precision.fp32,
     repository: Repository = DEFAULT_REPOSITORY,
     as_json: Json = False,
 ) -> None:
@@ -70,15 +80,26 @@ def build(
     from builders.build import build as run_build
 
     with stderr.status("building") as status:
-        result = run_build(checkpoint, name, repository, model_version, lambda stage: status.update(stage))
+        result = run_build(checkpoint, name, repository, model_version, status.update, precision.value)
     if as_json:
         parity = {kind: vars(measured) for kind, measured in result.parity.items()}
-        print(json.dumps({"name": result.name, "fingerprint": result.fingerprint, "parity_with_pytorch": parity}))
+        print(
+            json.dumps(
+                {"name": result.name, "fingerprint": result.fingerprint, "parity_with_pytorch": parity}
+                | ({"int8_against_fp32": vars(result.int8_cost)} if result.int8_cost else {})
+            )
+        )
         return
     for kind, parity_of_tower in result.parity.items():
         stdout.print(
             f"{result.repository}/{result.name}_{kind}_tower/{result.version}: equals PyTorch to cosine "
             f"{parity_of_tower.min_cosine:.6f}, largest difference {parity_of_tower.max_abs_diff:.1e}",
+            soft_wrap=True,
+        )
+    if cost := result.int8_cost:
+        stdout.print(
+            f"int8: cosine with float32 at least {min(cost.min_cosine.values()):.5f}; recall@10 on Emoji-CN "
+            f"{cost.recall_at_10:.1%}, float32 {cost.recall_at_10_fp32:.1%}",
             soft_wrap=True,
         )
     stdout.print(f"fingerprint {result.fingerprint}; now run: tuwen serve")
