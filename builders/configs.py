@@ -33,6 +33,7 @@ class Tensor:
     data_type: str
     dims: tuple[int, ...]
     ragged: bool = False
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,16 @@ class Model:
     warmup: tuple[tuple[int, ...], ...] = ()
     # What Triton makes of a ragged batch: (tensor, kind of batch_input). Source: its docs, Ragged Batching.
     batch_inputs: tuple[tuple[str, str], ...] = ()
+    # False: a request is a batch of its own, answered by calls of other models.
+    batching: bool = True
 
     def to_proto(self) -> pb.ModelConfig:
-        config = pb.ModelConfig(name=self.name, backend=self.backend, max_batch_size=MAX_BATCH_SIZE)
+        config = pb.ModelConfig(name=self.name, backend=self.backend)
+        config.max_batch_size = MAX_BATCH_SIZE if self.batching else 0
         _add_tensors(config, self.inputs, self.outputs)
         config.instance_group.add(count=self.instances, kind=pb.ModelInstanceGroup.KIND_CPU)
-        _add_dynamic_batching(config)
+        if self.batching:
+            _add_dynamic_batching(config)
         for name, kind in self.batch_inputs:
             config.batch_input.add(
                 kind=kind, target_name=[name], data_type="TYPE_INT32", source_input=[self.inputs[0].name]
@@ -115,7 +120,11 @@ def _add_dynamic_batching(config: pb.ModelConfig) -> None:
 def _add_tensors(config: pb.ModelConfig, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
     for tensor in inputs:
         config.input.add(
-            name=tensor.name, data_type=f"TYPE_{tensor.data_type}", dims=tensor.dims, allow_ragged_batch=tensor.ragged
+            name=tensor.name,
+            data_type=f"TYPE_{tensor.data_type}",
+            dims=tensor.dims,
+            allow_ragged_batch=tensor.ragged,
+            optional=tensor.optional,
         )
     for tensor in outputs:
         config.output.add(name=tensor.name, data_type=f"TYPE_{tensor.data_type}", dims=tensor.dims)
@@ -220,6 +229,52 @@ def image_ensemble(spec: ModelSpec, name: str) -> Ensemble:
         purpose=f"{spec.name}: an encoded picture file -> image_embeds. What clients call.",
         change="Nothing to change here: an ensemble only joins its steps; tune those.",
     )
+
+
+def similarity(spec: ModelSpec, name: str) -> Model:
+    return _answering(
+        f"{name}_similarity",
+        name,
+        inputs=(_IMAGES, Tensor("texts", "STRING", (-1,)), _CALIBRATION),
+        outputs=(*_scores(), Tensor("cosine", "FP32", (-1, -1))),
+        purpose=f"{spec.name}: a few pictures and many texts -> how well each fits each.",
+    )
+
+
+def zero_shot(spec: ModelSpec, name: str) -> Model:
+    choices = (Tensor(each, "STRING", (-1,), optional=True) for each in ("labels", "templates", "classifier"))
+    return _answering(
+        f"{name}_zero_shot",
+        name,
+        inputs=(_IMAGES, *choices, _CALIBRATION),
+        outputs=(Tensor("labels", "STRING", (-1,)), *_scores()),
+        purpose=f"{spec.name}: pictures and labels, or the name of a stored classifier -> what they show.",
+    )
+
+
+def _answering(model: str, serves: str, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], purpose: str) -> Model:
+    """A model without weights of its own, which calls the ensembles of `serves`."""
+    return Model(
+        name=model,
+        backend="python",
+        inputs=inputs,
+        outputs=outputs,
+        instances=2,
+        batching=False,
+        parameters=(("serves", serves),),
+        purpose=purpose,
+        change="Change here: instance_group, the requests that are answered at a time.",
+    )
+
+
+_IMAGES = Tensor("images", "STRING", (-1,))
+_CALIBRATION = Tensor("calibration", "STRING", (1,), optional=True)
+
+
+def _scores() -> tuple[Tensor, ...]:
+    """One row per picture, one column per text or label; the last two where a calibration is named."""
+    matrices = (Tensor(each, "FP32", (-1, -1)) for each in ("logits_per_image", "probs", "relevance"))
+    return (*matrices, Tensor("no_match", "BOOL", (-1,)), _FINGERPRINT)
 
 
 def _same(*names: str) -> tuple[tuple[str, str], ...]:

@@ -20,8 +20,10 @@ REPOSITORY_DIR = Path(__file__).parent.parent / "model_repository"
 
 # In git stand the shared models, the reference architecture a reader opens, and the sample's.
 COMMITTED = ("ViT-B-16", "Tiny-RN")
-# The one preprocessing model.py; those of other resolutions are copies, held equal by --check.
+# The hand-written model.py of each kind; those of other resolutions and names are copies, held equal by --check.
 _PREPROCESS_SOURCE = Path("preprocess_image_224", "1", "model.py")
+_SIMILARITY_SOURCE = Path("vit_b_16_similarity", "1", "model.py")
+_ZERO_SHOT_SOURCE = Path("vit_b_16_zero_shot", "1", "model.py")
 
 
 def rendered_files(spec: ModelSpec, name: str) -> dict[Path, str]:
@@ -40,11 +42,15 @@ def rendered_files(spec: ModelSpec, name: str) -> dict[Path, str]:
         configs.image_tower(spec, name),
         configs.text_ensemble(spec, name),
         configs.image_ensemble(spec, name),
+        configs.similarity(spec, name),
+        configs.zero_shot(spec, name),
     )
     files = {Path(model.name, "config.pbtxt"): configs.render(model) for model in models}
     # Triton wants a version folder even where an ensemble has nothing in it, and git keeps no empty ones.
-    files |= {Path(model.name, "1", ".gitkeep"): "" for model in models[2:]}
-    files[Path(preprocess.name, "1", "model.py")] = (REPOSITORY_DIR / _PREPROCESS_SOURCE).read_text(encoding="utf-8")
+    files |= {Path(model.name, "1", ".gitkeep"): "" for model in models[2:-2]}
+    sources = (_PREPROCESS_SOURCE, _SIMILARITY_SOURCE, _ZERO_SHOT_SOURCE)
+    for model, source in zip((preprocess, *models[-2:]), sources, strict=True):
+        files[Path(model.name, "1", "model.py")] = (REPOSITORY_DIR / source).read_text(encoding="utf-8")
     return files
 
 

@@ -19,7 +19,7 @@ from tuwen.checkpoint import save_checkpoint
 from tuwen.errors import InvalidInput
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("data", "train", "eval", "build", "render", "serve", "search")
+COMMANDS = ("data", "train", "eval", "build", "render", "serve", "search", "classifier", "calibrate")
 Main = Callable[..., tuple[int, str, str]]
 
 

@@ -151,7 +151,8 @@ def test_another_name_shares_what_is_shared() -> None:
     """A custom name renames towers and ensembles; tokeniser and preprocessing keep theirs."""
     files = rendered_files(VIT_B_16, "shop")
     assert {path.parts[0] for path in files} == {
-        "tokenize_text", "preprocess_image_224", "shop_text", "shop_image", "shop_text_tower", "shop_image_tower"
+        "tokenize_text", "preprocess_image_224", "shop_text", "shop_image", "shop_text_tower", "shop_image_tower",
+        "shop_similarity", "shop_zero_shot",
     }  # fmt: skip
     assert not [text for path, text in files.items() if path.name == "config.pbtxt" and "vit_b_16" in text]
 

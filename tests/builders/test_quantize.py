@@ -68,7 +68,7 @@ def test_int8_keeps_the_fingerprint(built: BuildResult) -> None:
 
 def test_what_loses_too_much_places_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize, "MIN_COSINE", 0.99999)
-    with pytest.raises(ExportFailed, match="int8: cosine 0.99.*nothing was placed"):
+    with pytest.raises(ExportFailed, match=r"int8: cosine 0\.99.*nothing was placed"):
         build(SAMPLE, repository=tmp_path, precision="int8")
     assert not list(tmp_path.rglob("model.onnx"))
 

@@ -8,7 +8,7 @@ import pytest
 
 from tuwen.errors import InvalidInput, MissingDependency
 from tuwen.serving import installation
-from tuwen.serving.model_repository import built_ensembles, missing_files
+from tuwen.serving.model_repository import built_models, missing_files
 from tuwen.serving.server_log import explain_failed_start, last_meaningful_line
 
 CUDA_LINES = """\
@@ -115,10 +115,10 @@ def write_repository(path: Path) -> None:
 def test_an_ensemble_is_built_when_every_part_has_its_file(tmp_path: Path) -> None:
     pytest.importorskip("tritonclient.grpc")
     write_repository(tmp_path)
-    assert built_ensembles(tmp_path) == ["outer", "pair"]
+    assert built_models(tmp_path) == ["outer", "pair"]
     assert missing_files(tmp_path, "broken") == [tmp_path / "absent" / "config.pbtxt"]
     (tmp_path / "tower" / "3" / "model.onnx").unlink()
-    assert built_ensembles(tmp_path) == []
+    assert built_models(tmp_path) == []
     assert missing_files(tmp_path, "outer") == [tmp_path / "tower" / "1" / "model.onnx"]
 
 
@@ -128,12 +128,12 @@ def test_a_profile_names_its_own_files(tmp_path: Path) -> None:
     profile_path = tmp_path / "tower" / "configs" / "gpu.pbtxt"
     profile_path.parent.mkdir()
     profile_path.write_text('backend: "tensorrt" cc_model_filenames { key: "8.9" value: "sm89.plan" }')
-    assert built_ensembles(tmp_path, model_config_name="gpu") == []
+    assert built_models(tmp_path, model_config_name="gpu") == []
     (tmp_path / "tower" / "3" / "sm89.plan").touch()
-    assert built_ensembles(tmp_path, model_config_name="gpu") == ["outer", "pair"]
+    assert built_models(tmp_path, model_config_name="gpu") == ["outer", "pair"]
     profile_path.write_text("max_batchsize: 3")
     with pytest.raises(InvalidInput, match=r"configs/gpu.pbtxt: not a model configuration: .*max_batchsize"):
-        built_ensembles(tmp_path, model_config_name="gpu")
+        built_models(tmp_path, model_config_name="gpu")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from builders.build import build
 from tests.conftest import SMALL_SPECS, random_model
 from tests.system.conftest import some_ports
 from tuwen.checkpoint import save_checkpoint
+from tuwen.serving.access import GRPC_TOKEN_HEADER
 from tuwen.serving.server import EmbeddedServer
 
 pytestmark = pytest.mark.triton
@@ -106,7 +107,7 @@ def test_other_weights_under_a_running_client_are_noticed(tmp_path: Path) -> Non
         result = build(tmp_path / "two", repository=repository, model_version=2)
         with triton.InferenceServerClient(server.endpoints.grpc) as raw:
             for side in ("text", "image"):
-                raw.load_model(f"small_vit_{side}_tower")
+                raw.load_model(f"small_vit_{side}_tower", headers={GRPC_TOKEN_HEADER: server.admin_token})
         with pytest.raises(ModelChanged, match=str(first)):
             client.embed_text(["猫"])
         with Client(server.endpoints.grpc) as newcomer:

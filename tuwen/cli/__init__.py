@@ -12,6 +12,7 @@ import typer
 from rich.logging import RichHandler
 from rich.markup import escape
 
+from tuwen.cli.answers import calibrate, classifier_app
 from tuwen.cli.console import stderr
 from tuwen.cli.data import data_app
 from tuwen.cli.model import build, eval_app, render, train
@@ -27,7 +28,8 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.command()(train)
 app.add_typer(eval_app, name="eval")
-for command in (build, render, serve, search):
+app.add_typer(classifier_app, name="classifier")
+for command in (build, render, serve, search, calibrate):
     app.command()(command)
 
 

@@ -12,14 +12,17 @@ if TYPE_CHECKING:
 # source: Triton docs, model repository; dali's is the file our GPU profile names.
 _DEFAULT_FILENAMES = {"python": "model.py", "onnxruntime": "model.onnx", "tensorrt": "model.plan", "dali": "model.dali"}
 
+# The parameter by which a model says whose ensembles it calls.
+_SERVES = "serves"
+
 
 def model_names(repository: Path) -> list[str]:
     """Names of the folders that hold a config.pbtxt, sorted; [] when the repository does not exist."""
     return sorted(path.parent.name for path in repository.glob("*/config.pbtxt"))
 
 
-def built_ensembles(repository: Path, *, model_config_name: str | None = None) -> list[str]:
-    """Sorted names of the ensembles whose every part has its file in a version folder.
+def built_models(repository: Path, *, model_config_name: str | None = None) -> list[str]:
+    """Sorted names of what clients call, ensembles and the models that call them, where every part has its file.
 
     Args:
         model_config_name: the profile, as in Triton's --model-config-name: configs/NAME.pbtxt where a model has one.
@@ -30,9 +33,19 @@ def built_ensembles(repository: Path, *, model_config_name: str | None = None) -
     return [
         name
         for name in model_names(repository)
-        if _read_config(repository, name, model_config_name).HasField("ensemble_scheduling")
+        if _is_called_by_clients(_read_config(repository, name, model_config_name))
         and not missing_files(repository, name, model_config_name=model_config_name)
     ]
+
+
+def called_models(repository: Path, name: str) -> list[str]:
+    """The ensembles that this model calls while it answers, which Triton does not know of; [] for most."""
+    serves = _read_config(repository, name, None).parameters.get(_SERVES)
+    return [f"{serves.string_value}_{side}" for side in ("text", "image")] if serves else []
+
+
+def _is_called_by_clients(config: "ModelConfig") -> bool:
+    return config.HasField("ensemble_scheduling") or _SERVES in config.parameters
 
 
 def missing_files(repository: Path, name: str, *, model_config_name: str | None = None) -> list[Path]:
@@ -51,6 +64,8 @@ def _missing_files(repository: Path, name: str, config_name: str | None, seen: f
             if step.model_name not in seen:  # an ensemble within itself: Triton names the circle
                 yield from _missing_files(repository, step.model_name, config_name, seen | {name})
         return
+    for called in called_models(repository, name):
+        yield from _missing_files(repository, called, config_name, seen | {name})
     filenames = _artifact_filenames(config)
     versions = [path for path in model_dir.iterdir() if path.is_dir() and path.name.isdecimal()]
     if filenames and not any((version / filename).exists() for version in versions for filename in filenames):

@@ -25,7 +25,7 @@ from types import TracebackType
 from tuwen.errors import TuwenError
 from tuwen.serving.access import Tls, check_token, new_token, token_arguments
 from tuwen.serving.installation import BACKENDS, Installation, assemble_run_dir, find_installation, server_environment
-from tuwen.serving.model_repository import built_ensembles, missing_files, model_names
+from tuwen.serving.model_repository import built_models, called_models, missing_files, model_names
 from tuwen.serving.server_log import explain_failed_start, last_meaningful_line
 from tuwen.serving.server_process import ServerProcess
 
@@ -201,7 +201,7 @@ class EmbeddedServer:
             what = "no model in this repository" if self._repository.is_dir() else "no such model repository"
             raise ServerError(f"{self._repository}: {what}; {_BUILD_HINT}")
         if not self._models:
-            models = built_ensembles(self._repository, model_config_name=self._model_config_name)
+            models = built_models(self._repository, model_config_name=self._model_config_name)
             if not models:
                 raise ServerError(f"{self._repository}: no ensemble is built yet; {_BUILD_HINT}")
             return models
@@ -211,7 +211,8 @@ class EmbeddedServer:
             missing = missing_files(self._repository, name, model_config_name=self._model_config_name)
             if missing:
                 raise ServerError(f"model {name} is not built, {missing[0]} is missing; {_BUILD_HINT}")
-        return list(dict.fromkeys(self._models))
+        called = (part for name in self._models for part in called_models(self._repository, name))
+        return list(dict.fromkeys([*self._models, *called]))
 
     def _check_ports(self) -> None:
         flags: dict[int, str] = {}
