@@ -8,81 +8,37 @@ JPEGs from the exact pixels over photographs, in levels of 255.
 
 from __future__ import annotations
 
-import io
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
 
+from perf.published import published_transform
+from perf.rounds import alternate, medians, milliseconds_of
+from perf.workload import encode_jpeg, photographs
 from tuwen.image_transform import preprocess_image
-from tuwen.specs import IMAGE_MEAN, IMAGE_STD
+from tuwen.specs import IMAGE_STD
 
 ROUNDS = 15
 SIZES = ((2000, 1500), (640, 480), (224, 168), (64, 64))
 # Sizes whose sides 2, 4 and 8 divide, and sizes they do not.
 DEVIATION_SIZES = ((4000, 3000), (2000, 1500), (1999, 1501), (1333, 1000), (4001, 3001))
-PHOTOGRAPHS = (
-    "coffee.png",
-    "astronaut.png",
-    "chelsea.png",
-    "hubble_deep_field.jpg",
-    "rocket.jpg",
-    "motorcycle_left.png",
-)
-
-
-def photographs() -> Iterator[tuple[str, Image.Image]]:
-    """The photographs inside the wheels of scikit-image and scikit-learn."""
-    import skimage.data
-    import sklearn.datasets
-
-    for name in PHOTOGRAPHS:
-        yield name, Image.open(Path(skimage.data.__file__).parent / name).convert("RGB")
-    for name in ("china.jpg", "flower.jpg"):
-        yield name, Image.open(Path(sklearn.datasets.__file__).parent / "images" / name).convert("RGB")
-
-
-def encode_jpeg(image: Image.Image, size: tuple[int, int], subsampling: int = 2) -> bytes:
-    file = io.BytesIO()
-    image.resize(size, Image.Resampling.LANCZOS).save(file, "JPEG", quality=90, subsampling=subsampling)
-    return file.getvalue()
-
-
-def published_transform(encoded: bytes, resolution: int) -> torch.Tensor:
-    """cn_clip's image_transform, step by step as torchvision does it."""
-    image = Image.open(io.BytesIO(encoded)).resize((resolution, resolution), Image.Resampling.BICUBIC).convert("RGB")
-    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
-    mean, std = torch.tensor(IMAGE_MEAN)[:, None, None], torch.tensor(IMAGE_STD)[:, None, None]
-    return tensor.sub_(mean).div_(std)
-
-
-def alternate(sides: list[Callable[[], object]]) -> list[float]:
-    """Median milliseconds of each side, all run in turn."""
-    taken: list[list[float]] = [[] for _ in sides]
-    for _ in range(ROUNDS):
-        for side, times in zip(sides, taken, strict=True):
-            started = time.perf_counter()
-            side()
-            times.append((time.perf_counter() - started) * 1000)
-    return [statistics.median(times) for times in taken]
 
 
 def compare(encoded: bytes, resolution: int) -> list[float]:
     """Median milliseconds of the published transform, of ours, and of ours as it is served."""
     out = np.empty((3, resolution, resolution), np.float32)
-    return alternate(
-        [
-            partial(published_transform, encoded, resolution),
-            partial(preprocess_image, encoded, resolution, out=out),
-            partial(preprocess_image, encoded, resolution, draft=True, out=out),
-        ]
-    )
+    sides: dict[str, Callable[[], object]] = {
+        "published": partial(published_transform, encoded, resolution),
+        "exact": partial(preprocess_image, encoded, resolution, out=out),
+        "served": partial(preprocess_image, encoded, resolution, draft=True, out=out),
+    }
+    found = alternate({name: milliseconds_of(side) for name, side in sides.items()}, ROUNDS)
+    return list(medians(found).values())
 
 
 def report_times(pictures: dict[str, Image.Image], resolution: int) -> None:

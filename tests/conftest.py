@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
 from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
@@ -11,6 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from perf.published import import_cn_clip
+from tuwen.errors import MissingDependency
 from tuwen.model import ChineseCLIP
 from tuwen.specs import SPECS, ModelSpec, TextSpec, VisionSpec
 
@@ -21,35 +21,13 @@ SMALL_SPECS = {
 }
 
 
-def _stub(name: str, **attributes: object) -> None:
-    module = types.ModuleType(name)
-    for key, value in attributes.items():
-        setattr(module, key, value)
-    sys.modules[name] = module
-
-
-class _Anything:
-    """Stands in for names cn_clip imports from torchvision and never uses in what is compared."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None: ...
-
-    BICUBIC = 3
-
-
 @pytest.fixture(scope="session")
 def cn_clip() -> ModuleType:
-    """The published package. torchvision does not import beside a CPU build of torch, so its names are stubbed."""
-    names = ("Compose", "ToTensor", "Normalize", "Resize", "InterpolationMode")
-    _stub("torchvision", __path__=[])
-    _stub("torchvision.transforms", **dict.fromkeys(names, _Anything))
-    _stub("timm", __path__=[])
-    _stub("timm.data", create_transform=_Anything)
+    """The published package."""
     try:
-        return pytest.importorskip("cn_clip.clip", reason="pip install --no-deps cn-clip==1.6.0 six")
-    finally:
-        # transformers looks for torchvision too, and must not find the stub.
-        for name in ("torchvision", "torchvision.transforms", "timm", "timm.data"):
-            del sys.modules[name]
+        return import_cn_clip()
+    except MissingDependency as error:
+        pytest.skip(str(error))
 
 
 def randomise(model: torch.nn.Module) -> None:

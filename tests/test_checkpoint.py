@@ -11,8 +11,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from perf.published import build_cn_clip
 from tests.conftest import SMALL_SPECS, random_model, two_layers
-from tests.test_published_parity import build_cn_clip, inputs
+from tests.test_published_parity import inputs
 from tuwen.checkpoint import infer_spec, interpolate_positions, load_checkpoint, save_checkpoint, save_official
 from tuwen.errors import InvalidInput
 from tuwen.model import ChineseCLIP
@@ -74,7 +75,7 @@ def test_the_official_file_loads_in_cn_clip_and_here(
     save_official(model, path)
     published = torch.load(path, weights_only=True)
     assert published.keys() == {"epoch", "step", "name", "state_dict"}
-    theirs = build_cn_clip(cn_clip, spec)
+    theirs = build_cn_clip(spec)
     theirs.load_state_dict({key.removeprefix("module."): value for key, value in published["state_dict"].items()})
     ours = load_checkpoint(path)
     assert ours.spec == spec

@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from perf.published import build_cn_clip
 from tests.conftest import random_model, two_layers
 from tuwen.checkpoint import from_hugging_face, load_checkpoint, load_weights
 from tuwen.model import ChineseCLIP
@@ -23,31 +24,6 @@ def inputs(spec: ModelSpec, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]
     input_ids = torch.randint(103, spec.text.vocab_size, (batch, spec.context_length))
     input_ids[0, 7:] = 0  # padding is part of what is compared
     return torch.randn(batch, 3, spec.vision.resolution, spec.vision.resolution), input_ids
-
-
-def build_cn_clip(cn_clip: ModuleType, spec: ModelSpec) -> torch.nn.Module:
-    from cn_clip.clip.model import CLIP
-
-    vision, text = spec.vision, spec.text
-    return CLIP(
-        embed_dim=spec.embed_dim,
-        image_resolution=vision.resolution,
-        vision_layers=vision.layers,
-        vision_width=vision.width,
-        vision_patch_size=vision.patch_size,
-        vocab_size=text.vocab_size,
-        text_attention_probs_dropout_prob=text.dropout,
-        text_hidden_act="gelu",
-        text_hidden_dropout_prob=text.dropout,
-        text_hidden_size=text.hidden_size,
-        text_initializer_range=0.02,
-        text_intermediate_size=text.intermediate_size,
-        text_max_position_embeddings=text.max_positions,
-        text_num_attention_heads=text.num_heads,
-        text_num_hidden_layers=text.layers,
-        text_type_vocab_size=text.type_vocab_size,
-        vision_head_width=vision.head_width,
-    ).eval()
 
 
 def build_hugging_face(spec: ModelSpec) -> torch.nn.Module:
@@ -79,7 +55,7 @@ def build_hugging_face(spec: ModelSpec) -> torch.nn.Module:
 @torch.inference_mode()
 def check_against_cn_clip(cn_clip: ModuleType, spec: ModelSpec) -> None:
     ours = random_model(spec)
-    theirs = build_cn_clip(cn_clip, spec)
+    theirs = build_cn_clip(spec)
     result = theirs.load_state_dict(ours.state_dict(), strict=False)
     assert not result.unexpected_keys
     assert all("pooler" in key for key in result.missing_keys)

@@ -1,0 +1,231 @@
+"""Is serving faster than the published path, and what does Triton add to bare ONNX Runtime?
+
+    make bench-serving                      # ViT-B-16, random weights: about 15 minutes after a first build of 3
+    python -m perf.serving --only text      # text, image or tax
+
+Weights are random, because speed does not depend on them; both precisions are built from the same ones. Every
+comparison alternates its sides within one run, on the same threads, and reports medians and ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from tuwen_client import Client
+
+from builders.build import build
+from builders.quantize import quantize_tower
+from perf.published import import_cn_clip, published_transform, published_twin
+from perf.rounds import alternate, machine, median_ratio, medians, milliseconds_of, rate_of, write_json
+from perf.stages import Stage, measure_stages, read_statistics
+from perf.workload import encode_jpeg, muge_like_texts, photographs
+from tuwen.checkpoint import load_checkpoint, save_checkpoint
+from tuwen.model import ChineseCLIP
+from tuwen.serving.ports import free_ports
+from tuwen.serving.server import EmbeddedServer
+from tuwen.specs import SPECS
+from tuwen.tokenizer import default_tokenizer, normalize_text, pack_rows
+
+BENCH_DIR = Path(".cache/bench")
+ARCHITECTURE = "ViT-B-16"
+FP32, INT8 = "vit_b_16", "vit_b_16_int8"
+CONCURRENCY = 16
+ROUNDS = 5
+PUBLISHED_TEXT_BATCH, PUBLISHED_IMAGE_BATCH = 16, 8
+NUM_TEXTS = {"published": 64, "served": 256}
+NUM_IMAGES = {"published": 16, "served": 32}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all comparisons share."""
+
+    checkpoint: Path
+    repository: Path
+    server: EmbeddedServer
+
+    def client(self, name: str, max_in_flight: int = CONCURRENCY) -> Client:
+        return Client(self.server.endpoints.grpc, name, max_in_flight=max_in_flight)
+
+    def tower(self, name: str, kind: str) -> Path:
+        return self.repository / f"{name}_{kind}_tower" / "1" / "model.onnx"
+
+
+@contextmanager
+def open_bench(work_dir: Path = BENCH_DIR) -> Iterator[Bench]:
+    """A server with both precisions; what it serves is built at the first call."""
+    checkpoint, repository = work_dir / "checkpoint", work_dir / "repository"
+    if not checkpoint.exists():
+        torch.manual_seed(0)
+        save_checkpoint(ChineseCLIP(SPECS[ARCHITECTURE]), checkpoint)
+    for name in (FP32, INT8):
+        if not (repository / f"{name}_image" / "1").exists():
+            print(f"building {name}", flush=True)
+            build(checkpoint, name, repository)
+    for kind in ("text", "image"):
+        _replace_by_int8(repository / f"{INT8}_{kind}_tower" / "1")
+    grpc_port, http_port, metrics_port = free_ports(3)
+    server = EmbeddedServer(repository, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
+    with server:
+        yield Bench(checkpoint, repository, server)
+
+
+def _replace_by_int8(version_dir: Path) -> None:
+    """Without the builder's gate of recall, which means nothing for random weights."""
+    int8, done = version_dir / "int8.onnx", version_dir / "is_int8"
+    if done.exists():
+        return
+    quantize_tower(version_dir / "model.onnx", int8)
+    int8.replace(version_dir / "model.onnx")
+    (version_dir / "model.onnx.data").unlink(missing_ok=True)
+    done.touch()
+
+
+def compare_text(bench: Bench) -> dict[str, Any]:
+    """Texts per second: cn_clip's tokenize and encode_text in batches of 16, and the server at concurrency 16."""
+    clip = import_cn_clip()
+    published = published_twin(load_checkpoint(bench.checkpoint))
+
+    @torch.inference_mode()
+    def embed_published(texts: list[str]) -> None:
+        for start in range(0, len(texts), PUBLISHED_TEXT_BATCH):
+            published.encode_text(clip.tokenize(texts[start : start + PUBLISHED_TEXT_BATCH]))  # type: ignore[operator]
+
+    texts = muge_like_texts(NUM_TEXTS["served"])
+    few = texts[: NUM_TEXTS["published"]]
+    with bench.client(FP32) as fp32, bench.client(INT8) as int8:
+        sides = {
+            "published": rate_of(partial(embed_published, few), len(few)),
+            "served fp32": rate_of(partial(fp32.embed_text, texts), len(texts)),
+            "served int8": rate_of(partial(int8.embed_text, texts), len(texts)),
+        }
+        warm_up(sides)
+        found = alternate(sides, ROUNDS)
+    return against_published("texts/s", found)
+
+
+def compare_images(bench: Bench) -> dict[str, Any]:
+    """640x480 JPEGs per second: PIL and encode_image in batches of 8, and the server at concurrency 16."""
+    import_cn_clip()
+    published = published_twin(load_checkpoint(bench.checkpoint))
+    resolution = SPECS[ARCHITECTURE].vision.resolution
+
+    @torch.inference_mode()
+    def embed_published(jpegs: list[bytes]) -> None:
+        for start in range(0, len(jpegs), PUBLISHED_IMAGE_BATCH):
+            batch = [published_transform(each, resolution) for each in jpegs[start : start + PUBLISHED_IMAGE_BATCH]]
+            published.encode_image(torch.stack(batch))  # type: ignore[operator]
+
+    different = [encode_jpeg(picture, (640, 480)) for _, picture in photographs()]
+    jpegs = (different * NUM_IMAGES["served"])[: NUM_IMAGES["served"]]
+    few = jpegs[: NUM_IMAGES["published"]]
+    with bench.client(FP32) as fp32, bench.client(INT8) as int8:
+        sides = {
+            "published": rate_of(partial(embed_published, few), len(few)),
+            "served fp32": rate_of(partial(fp32.embed_images, jpegs), len(jpegs)),
+            "served int8": rate_of(partial(int8.embed_images, jpegs), len(jpegs)),
+        }
+        warm_up(sides)
+        found = alternate(sides, ROUNDS)
+    return against_published("images/s", found)
+
+
+def measure_tax(bench: Bench, name: str = FP32) -> dict[str, Any]:
+    """What serving adds to ONNX Runtime called in this process: throughput at concurrency 16, time of one request."""
+    session = ort.InferenceSession(bench.tower(name, "text"), providers=["CPUExecutionProvider"])
+    texts = muge_like_texts(NUM_TEXTS["served"], seed=1)
+    ids = [default_tokenizer().encode_ids(normalize_text(text)) for text in texts]
+
+    def run_bare(batch_size: int) -> None:
+        for start in range(0, len(ids), batch_size):
+            session.run(["text_embeds"], pack_rows(ids[start : start + batch_size]))
+
+    with bench.client(name) as client:
+        client.embed_text(texts)
+        before = read_statistics(client)
+        client.embed_text(texts)
+        stages = measure_stages(
+            before, read_statistics(client), [f"{name}_text", "tokenize_text", f"{name}_text_tower"]
+        )
+        batch_size = max(1, round(stages[-1].mean_batch))
+        sides = {
+            "bare": rate_of(partial(run_bare, batch_size), len(ids)),
+            "served": rate_of(partial(client.embed_text, texts), len(texts)),
+        }
+        found = alternate(sides, 2 * ROUNDS)
+        alone = _one_at_a_time(session, client, texts[:60])
+    return {
+        "mean_batch": stages[-1].mean_batch,
+        "texts/s": medians(found),
+        "served/bare": median_ratio(found, "served", "bare"),
+        "one request, ms": alone,
+        "stages": [vars(stage) for stage in stages],
+    }
+
+
+def _one_at_a_time(session: ort.InferenceSession, client: Client, texts: list[str]) -> dict[str, float]:
+    """Median milliseconds of one text alone, bare and served in turn."""
+    rows: dict[str, list[float]] = {"bare": [], "served": []}
+    for text in texts:
+        feed = pack_rows([default_tokenizer().encode_ids(normalize_text(text))])
+        rows["bare"].append(milliseconds_of(partial(session.run, ["text_embeds"], feed))())
+        rows["served"].append(milliseconds_of(partial(client.embed_text, [text]))())
+    added = [served - bare for served, bare in zip(rows["served"], rows["bare"], strict=True)]
+    return {**medians(rows), "added": float(np.median(added))}
+
+
+def warm_up(sides: dict[str, Any]) -> None:
+    for measure in sides.values():
+        measure()
+
+
+def against_published(unit: str, found: dict[str, list[float]]) -> dict[str, Any]:
+    ratios = {f"{side}/published": median_ratio(found, side, "published") for side in found if side != "published"}
+    return {unit: medians(found), "ratios": ratios, "rounds": found}
+
+
+def describe(title: str, figures: dict[str, Any]) -> None:
+    print(title)
+    for key, value in figures.items():
+        if key == "stages":
+            print(Stage.header())
+            for stage in value:
+                print(Stage(**stage).row())
+        elif isinstance(value, dict) and key != "rounds":
+            print(f"  {key:16s} " + "  ".join(f"{name} {number:.2f}" for name, number in value.items()))
+        elif isinstance(value, float):
+            print(f"  {key:16s} {value:.3f}")
+    print(flush=True)
+
+
+PARTS = {"text": compare_text, "image": compare_images, "tax": measure_tax}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=PARTS, action="append")
+    parser.add_argument("--out", type=Path, default=BENCH_DIR / "serving.json")
+    options = parser.parse_args()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    results: dict[str, Any] = {"architecture": ARCHITECTURE, "machine": machine(), "at": time.strftime("%Y-%m-%d")}
+    with open_bench() as bench:
+        for part in options.only or PARTS:
+            results[part] = PARTS[part](bench)
+            describe(f"{part}: {(PARTS[part].__doc__ or '').splitlines()[0]}", results[part])
+    write_json(options.out, results)
+    print(options.out)
+
+
+if __name__ == "__main__":
+    main()

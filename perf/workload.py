@@ -1,0 +1,56 @@
+"""What the measurements send: queries as long as a shop's are, and photographs."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tuwen.data.pairs import open_pairs
+
+# The photographs inside the wheels of scikit-image and scikit-learn.
+PHOTOGRAPHS = (
+    "coffee.png",
+    "astronaut.png",
+    "chelsea.png",
+    "hubble_deep_field.jpg",
+    "rocket.jpg",
+    "motorcycle_left.png",
+)
+MAX_CHARACTERS = 50  # with [CLS] and [SEP] the 52 tokens of Chinese-CLIP
+_MEDIAN_CHARACTERS, _SPREAD = 6.0, 0.55  # of a log-normal: mean 7 characters, one in a hundred above 21
+
+
+def muge_like_texts(count: int, seed: int = 0) -> list[str]:
+    """Chinese queries, lengths in characters as MUGE's: mean about 7, a tail to 50; the words are Emoji-CN's."""
+    random = np.random.default_rng(seed)
+    captions = [record.text for record in open_pairs(Path(__file__).parents[1] / "samples" / "emoji_cn", "valid").texts]
+    lengths = np.exp(random.normal(np.log(_MEDIAN_CHARACTERS), _SPREAD, count))
+    texts = []
+    for length in np.clip(np.round(lengths), 1, MAX_CHARACTERS).astype(int):
+        text = ""
+        while len(text) < length:
+            text += captions[random.integers(len(captions))]
+        texts.append(text[:length])
+    return texts
+
+
+def photographs() -> Iterator[tuple[str, Image.Image]]:
+    """Name and RGB picture of each."""
+    import skimage.data
+    import sklearn.datasets
+
+    for name in PHOTOGRAPHS:
+        yield name, Image.open(Path(skimage.data.__file__).parent / name).convert("RGB")
+    for name in ("china.jpg", "flower.jpg"):
+        yield name, Image.open(Path(sklearn.datasets.__file__).parent / "images" / name).convert("RGB")
+
+
+def encode_jpeg(image: Image.Image, size: tuple[int, int], subsampling: int = 2) -> bytes:
+    """The picture at this width and height as a JPEG of quality 90."""
+    file = io.BytesIO()
+    image.resize(size, Image.Resampling.LANCZOS).save(file, "JPEG", quality=90, subsampling=subsampling)
+    return file.getvalue()
