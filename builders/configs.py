@@ -94,9 +94,13 @@ class Ensemble:
     steps: tuple[Step, ...]
     purpose: str
     change: str
+    # An answer to the same input is kept, and given again without any step being run.
+    cached: bool = False
 
     def to_proto(self) -> pb.ModelConfig:
         config = pb.ModelConfig(name=self.name, platform="ensemble", max_batch_size=MAX_BATCH_SIZE)
+        if self.cached:
+            config.response_cache.enable = True
         _add_tensors(config, self.inputs, self.outputs)
         for step in self.steps:
             added = config.ensemble_scheduling.step.add(model_name=step.model, model_version=-1)
@@ -212,7 +216,8 @@ def text_ensemble(spec: ModelSpec, name: str) -> Ensemble:
             Step(f"{name}_text_tower", _same("input_ids"), _same("text_embeds", "fingerprint", "logit_scale")),
         ),
         purpose=f"{spec.name}: Chinese text -> text_embeds. What clients call.",
-        change="Nothing to change here: an ensemble only joins its steps; tune those.",
+        change="Change here: response_cache, which answers a repeated query, or prompt, without computing it.",
+        cached=True,
     )
 
 
