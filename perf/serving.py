@@ -76,9 +76,13 @@ def open_bench(work_dir: Path = BENCH_DIR) -> Iterator[Bench]:
     for kind in ("text", "image"):
         _replace_by_int8(repository / f"{INT8}_{kind}_tower" / "1")
     grpc_port, http_port, metrics_port = free_ports(3)
-    ports = {"grpc_port": grpc_port, "http_port": http_port, "metrics_port": metrics_port}
-    # Every round sends the same texts: nothing may come out of a cache.
-    with EmbeddedServer(repository, cache_size_bytes=0, **ports) as server:
+    with EmbeddedServer(
+        repository,
+        grpc_port=grpc_port,
+        http_port=http_port,
+        metrics_port=metrics_port,
+        cache_size_bytes=0,  # every round sends the same texts
+    ) as server:
         yield Bench(checkpoint, repository, server)
 
 
