@@ -14,8 +14,11 @@ from tuwen.specs import CONTEXT_LENGTH, ModelSpec
 
 MAX_BATCH_SIZE = 32
 # Requests of one priority that may wait for a model; the next one is refused at once, which is what an overloaded
-# server owes its clients. Two full batches: an interactive answer is at most three batches away.
-MAX_QUEUE_SIZE = {"interactive": 2 * MAX_BATCH_SIZE, "bulk": 8 * MAX_BATCH_SIZE}
+# server owes its clients. Two full batches: an interactive answer is at most three batches away. Four of bulk: two
+# clients with their usual 64 under way; ViT-B-16 texts on two cores have left it after little more than a second.
+MAX_QUEUE_SIZE = {"interactive": 2 * MAX_BATCH_SIZE, "bulk": 4 * MAX_BATCH_SIZE}
+# What has waited this long is refused too, where a model is slow or hangs: nobody awaits it any more.
+MAX_WAIT_S = {"interactive": 5, "bulk": 25}
 PRIORITIES = ("interactive", "bulk")  # Triton counts from 1 and serves the lower number first
 # A request waits at most this long for company. A first choice, not yet measured.
 QUEUE_DELAY_US = 1000
@@ -118,6 +121,7 @@ def _add_dynamic_batching(config: pb.ModelConfig) -> None:
         policy = batching.priority_queue_policy[level]
         policy.timeout_action = pb.ModelQueuePolicy.REJECT
         policy.allow_timeout_override = True  # a client's own time-out, so that nobody computes what nobody awaits
+        policy.default_timeout_microseconds = MAX_WAIT_S[name] * 1_000_000
         policy.max_queue_size = MAX_QUEUE_SIZE[name]
 
 

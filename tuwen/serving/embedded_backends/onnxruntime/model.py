@@ -35,6 +35,8 @@ _TRITON_TYPES = {
 }
 
 
+_SPINNING = "session.intra_op.allow_spinning"  # ONNX Runtime's own name; the C++ backend does not read it
+
 # Sizes of the batch's requests -> the tensor. Source: triton docs, "Ragged Batching"; the C++ backend makes the same.
 _BATCH_INPUTS: dict[str, Callable[[list[int]], Any]] = {
     "BATCH_ELEMENT_COUNT": lambda sizes: np.array(sizes, np.int32),
@@ -155,6 +157,8 @@ def _error_response(message: str, code: int) -> Any:
 def _read_options(config: dict[str, Any]) -> tuple[ort.SessionOptions, ort.RunOptions]:
     """The session's and each run's options from `optimization` and `parameters`."""
     options, run_options = ort.SessionOptions(), ort.RunOptions()
+    # A thread that waits for the others by spinning takes a core from the very processes it waits for.
+    options.add_session_config_entry(_SPINNING, "0")
     level = int(config.get("optimization", {}).get("graph", {}).get("level", 0))
     options.graph_optimization_level = _choose("optimization.graph.level", level, _GRAPH_LEVELS)
     # source: triton onnxruntime_backend README, "Model Config Options"
