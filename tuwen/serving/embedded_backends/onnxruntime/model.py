@@ -5,6 +5,7 @@ lacks, and reads the same config.pbtxt; `tuwen serve` copies it into the server'
 """
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,8 @@ _GRAPH_LEVELS = {
     1: ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     2: ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
 }
+# ONNX Runtime tells where in its own source, or in which file, something failed; that is for the log.
+_PATH = re.compile(r"[^\s'\"(]*/[^\s'\")]*")
 _BOOLS = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
 _MODES = {"0": ort.ExecutionMode.ORT_SEQUENTIAL, "1": ort.ExecutionMode.ORT_PARALLEL}
 _SAME_NAME_TYPES = ("bool", "string", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
@@ -128,7 +131,9 @@ class TritonPythonModel:
                 return [response for each in feeds for response in self._run([each], output_names)]
             is_invalid = isinstance(error, InvalidArgument)
             code = pb_utils.TritonError.INVALID_ARG if is_invalid else pb_utils.TritonError.INTERNAL
-            return [_error_response(str(error), code)]
+            if not is_invalid:
+                pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
+            return [_error_response(_PATH.sub("…", str(error)), code)]
         if len(feeds) == 1:
             return [_response(output_names, outputs)]
         ends = np.cumsum(lengths)[:-1]
