@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from tuwen.specs import CLS_ID, CONTEXT_LENGTH, SEP_ID
 
-# The sentences of tuwen/tokenizer.py and tuwen/image_transform.py, and the words the outcome table has for them.
+# The sentences of tuwen/tokenizer.py and tuwen/image_transform.py, and the outcome table's words; the first match counts.
 _REFUSALS = {
     "text is not valid UTF-8": "not UTF-8",
     "text is empty": "empty text",
@@ -21,9 +21,9 @@ _REFUSALS = {
     "image is empty": "empty image",
     "image is not a readable picture file": "no picture file",
     "image cannot be decoded": "cannot be decoded",
+    "the limit of a side": "side too long",
     "pixels, the limit": "too many pixels",
     "expected at least 1 x 1": "no pixels",
-    "the limit of a side": "side too long",
     "too many parts": "too many parts",
     "plain-text PPM": "plain-text PPM too large",
     "frames, the limit": "too many frames",

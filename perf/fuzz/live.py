@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,8 +84,10 @@ def fuzz_server(
     for index in indices:
         pending.put(index)
 
-    def note(index: int, outcome: str | BadAnswer) -> None:
+    def note(index: int, outcome: str | BadAnswer, elapsed_s: float) -> None:
         with lock:
+            if elapsed_s > findings.slowest_s:
+                findings.slowest_s, findings.slowest_index = elapsed_s, index
             if isinstance(outcome, BadAnswer):
                 findings.fail(seed, index, str(outcome))
             else:
@@ -103,10 +106,12 @@ def fuzz_server(
                 except queue.Empty:
                     return
                 item = make_input(seed, index)
+                started = time.monotonic()
                 try:
-                    note(index, f"{item.kind}: {_infer(client, model, item)}")
+                    outcome: str | BadAnswer = f"{item.kind}: {_infer(client, model, item)}"
                 except BadAnswer as error:
-                    note(index, error)
+                    outcome = error
+                note(index, outcome, time.monotonic() - started)
 
     expected = _reference(url, model)
     callers = [threading.Thread(target=call, name=f"caller {number}") for number in range(CONCURRENCY)]
@@ -114,9 +119,8 @@ def fuzz_server(
         caller.start()
     for caller in callers:
         caller.join()
-    found = _reference(url, model)
-    if not all(np.array_equal(one, other) for one, other in zip(expected, found, strict=True)):
-        findings.fail(seed, indices.start, "the server's embeddings afterwards differ from those before")
+    if complaint := _compare(url, model, expected):
+        findings.fail(seed, indices.start, complaint)
     return findings
 
 
@@ -150,6 +154,16 @@ def _reference(url: str, model: str) -> list[npt.NDArray[np.float32]]:
     pictures = [FuzzInput("image", format, encoded, True) for format, encoded in seed_pictures()]
     with triton.InferenceServerClient(url) as client:
         return [embed(client, model, item) for item in (*texts, *pictures)]
+
+
+def _compare(url: str, model: str, expected: list[npt.NDArray[np.float32]]) -> str | None:
+    try:
+        found = _reference(url, model)
+    except InferenceServerException as error:
+        return f"a good request afterwards fails: {error.message()}"
+    if all(np.array_equal(one, other) for one, other in zip(expected, found, strict=True)):
+        return None
+    return "the server's embeddings afterwards differ from those before"
 
 
 def _processes(server: EmbeddedServer) -> dict[int, str]:
