@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from tuwen.specs import CLS_ID, CONTEXT_LENGTH, SEP_ID
 
-# The sentences of tuwen/tokenizer.py and tuwen/image_transform.py, and the outcome table's words; the first match counts.
+# The sentences of tuwen/tokenizer.py and tuwen/image_transform.py, and the outcome table's words. The first match
+# counts.
 _REFUSALS = {
     "text is not valid UTF-8": "not UTF-8",
     "text is empty": "empty text",
