@@ -52,7 +52,7 @@ def test_both_variables_are_defined_and_used() -> None:
     defined = {variable["name"]: variable for variable in dashboard()["templating"]["list"]}
     assert set(defined) == {"datasource", "model"}
     assert defined["datasource"]["query"] == "prometheus"
-    assert selectors(defined["model"]["definition"])
+    assert selectors(defined["model"]["query"]["query"])
     assert sum("$model" in target["expr"] for panel in panels() for target in panel.get("targets", [])) >= 3
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import queue
 import shutil
 import subprocess
 import time
 import urllib.parse
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tritonclient.grpc as triton
 import yaml
 from tuwen_client import Client, InvalidInput
 
@@ -34,6 +38,7 @@ from tuwen.serving.server import EmbeddedServer
 
 pytestmark = pytest.mark.triton
 PROMETHEUS = shutil.which("prometheus")
+FLOOD = 3000  # far more at once than the queues of both steps hold, 320 each
 # Longer than two scrapes of a second; Grafana's own $__rate_interval is at least four scrapes.
 RATE_INTERVAL = "8s"
 
@@ -88,6 +93,32 @@ def test_a_refused_item_counts_twice_for_the_ensemble_and_as_a_success_for_its_s
             client.embed_text([""]) if side == "text" else client.embed_images([b"no picture"])
     after = [count(sample_server, *one) for one in counted]
     assert [new - old for new, old in zip(after, before, strict=True)] == [6, 3, 0]
+
+
+def test_rejections_are_what_our_query_says(sample_server: EmbeddedServer) -> None:
+    """failures / 2 + the tower's successes - the first step's: those that the first queue turned away."""
+    names = {"failed": "tiny_rn_text", "towered": "tiny_rn_text_tower", "tokenized": "tokenize_text"}
+
+    def read() -> dict[str, float]:
+        metric = {key: "nv_inference_request_success" for key in names} | {"failed": "nv_inference_request_failure"}
+        return {key: count(sample_server, metric[key], model) for key, model in names.items()}
+
+    before, outcomes = read(), queue.SimpleQueue[str]()
+    text = triton.InferInput("text", [1, 1], "BYTES").set_data_from_numpy(np.array([["猫".encode()]], np.object_))
+    with triton.InferenceServerClient(sample_server.endpoints.grpc) as raw:
+        for _ in range(FLOOD):
+            raw.async_infer(
+                "tiny_rn_text", [text], lambda result, error: outcomes.put(error.message() if error else "ok")
+            )
+        answers = Counter(outcomes.get(timeout=60) for _ in range(FLOOD))
+    num_rejected = sum(number for answer, number in answers.items() if "Exceeds maximum queue size" in answer)
+    assert num_rejected > 0
+    assert num_rejected + answers["ok"] == FLOOD
+    change = {key: value - before[key] for key, value in read().items()}
+    assert change["failed"] / 2 == num_rejected
+    assert change["towered"] == answers["ok"]
+    rejected_first = change["failed"] / 2 + change["towered"] - change["tokenized"]
+    assert 0 < rejected_first <= num_rejected
 
 
 class Prometheus:
