@@ -30,7 +30,7 @@ MAX_IMAGE_FRAMES = 1000
 # 300 scans in a file of 79 kB kept Pillow busy for 4.7 s.
 MAX_JPEG_SCANS = 50
 # Pillow walks through the parts of a file in Python, some a byte at a time: 30 MB of fill bytes took 14 s, 7 million
-# empty segments 10 s. A PNG of MAX_IMAGE_BYTES in libpng's chunks of 8 kB needs some 17,000 reads.
+# empty segments 10 s. A PNG of MAX_IMAGE_BYTES in libpng's chunks of 8 kB needs some 12,000 reads.
 MAX_FILE_READS = 100_000
 # Numbers written out as text: 30 MB took 4.7 s.
 MAX_PLAIN_PPM_BYTES = 4 * 2**20
