@@ -27,7 +27,7 @@ VOCAB_PATH = Path(__file__).parent / "vocab.txt"
 # A caption is cut to 52 tokens; nobody's query is longer than this, and the bound keeps one request cheap.
 MAX_TEXT_CHARS = 4096
 
-# The vocabulary knows some 9,000 characters.
+# The vocabulary knows 8,012 characters.
 MAX_TABLE_ENTRIES = 2**15
 
 # The ideograph blocks BERT separates by spaces; source: google-research/bert tokenization.py.

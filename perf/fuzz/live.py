@@ -119,6 +119,8 @@ def fuzz_server(
         caller.start()
     for caller in callers:
         caller.join()
+    if num_missing := len(indices) - findings.outcomes.total():
+        findings.fail(seed, indices.start, f"{num_missing} inputs have no verdict: a caller ended early")
     if complaint := _compare(url, model, expected):
         findings.fail(seed, indices.start, complaint)
     return findings
