@@ -2,7 +2,7 @@
 
     python -m builders.golden    # writes clients/golden/golden.json, from samples/emoji_tiny
 
-clients/golden/README.md documents the file. tests/builders/test_golden.py holds it to the code.
+clients/golden/README.md documents the file. tests/builders/test_golden_vectors.py holds it to the code.
 """
 
 from __future__ import annotations
