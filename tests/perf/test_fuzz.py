@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
+from PIL import Image
 
 from perf.fuzz.inputs import FuzzInput, make_input
 from perf.fuzz.judgement import BadAnswer, judge_memory, refusal_class
@@ -56,8 +57,9 @@ def busy() -> Models:
 
 @pytest.fixture
 def models(monkeypatch: pytest.MonkeyPatch) -> Models:
-    """In this process, whose other tests must not find the stand-in."""
+    """In this process, whose other tests must find neither the stand-in nor the model's setting of Pillow."""
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", sys)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
     return Models()
 
 
