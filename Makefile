@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 QUERIES := 墨镜 生日蛋糕 红色的心 吃的水果 哭泣的猫 时钟
 
-.PHONY: demo test test-slow lint bench-serving sample clean
+.PHONY: demo test test-slow lint bench-serving fuzz sample clean
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv
@@ -51,6 +51,11 @@ test-slow: .venv/.dev
 bench-serving: .venv/.bench
 	$(BIN)/python -m perf.preprocess
 	$(BIN)/python -m perf.serving
+
+# Damaged pictures and odd texts: some five minutes on two cores.
+fuzz: .venv/.serve
+	$(BIN)/python -m perf.fuzz --inputs 200000
+	$(BIN)/python -m perf.fuzz --live 5000 --serve
 
 # Rebuilds data and sample checkpoint from scratch: about an hour on two cores.
 sample: .venv/.serve
