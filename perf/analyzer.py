@@ -184,8 +184,12 @@ class Running:
         return read_measurement(self._csv_path, printed)
 
     def kill(self) -> None:
-        self._process.kill()
-        self._process.communicate()
+        """End it if it still runs; safe after finish()."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
 
 
 def _failed(reason: str) -> Measurement:

@@ -87,7 +87,9 @@ def _has_library(name: str) -> bool:
 def _download_libb64(folder: Path) -> Path:
     """The library of Debian's or Ubuntu's package, unpacked; with package lists of our own if the system has none."""
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-        raise MissingDependency(f"perf_analyzer needs {LIBB64}: install your distribution's libb64, then run this again")
+        raise MissingDependency(
+            f"perf_analyzer needs {LIBB64}: install your distribution's libb64, then run this again"
+        )
     state, cache = folder / "lists", folder / "cache"
     (state / "partial").mkdir(parents=True)
     (cache / "archives" / "partial").mkdir(parents=True)

@@ -19,16 +19,16 @@ def write_inputs(scenario: Scenario, folder: Path) -> dict[StreamKind, Path]:
     for kind in scenario.streams:
         section = scenario.text if kind == "text" else scenario.image
         assert section is not None  # the scenario has been validated
-        entries = _texts(section, scenario.seed) if isinstance(section, TextSection) else _images(section, scenario.seed)
+        entries = (
+            _texts(section, scenario.seed) if isinstance(section, TextSection) else _images(section, scenario.seed)
+        )
         paths[kind] = folder / f"{kind}_input.json"
         paths[kind].write_text(json.dumps({"data": entries}, ensure_ascii=False), encoding="utf-8")
     return paths
 
 
 def _texts(section: TextSection, seed: int) -> list[dict[str, Any]]:
-    texts = muge_like_texts(
-        section.count, seed, section.median_characters, section.spread, section.max_characters
-    )
+    texts = muge_like_texts(section.count, seed, section.median_characters, section.spread, section.max_characters)
     return [{"text": [text]} for text in texts]
 
 

@@ -74,7 +74,7 @@ class LoadSection(Section):
 
 
 class MeasureSection(Section):
-    """Of one measurement: three windows of window_s; it is unsteady where they differ by more than stability_percent."""
+    """Of one measurement: three windows; it is unsteady where they differ by more than stability_percent."""
 
     window_s: float = Field(2.0, ge=0.2, le=60)
     percentile: Literal[50, 90, 95, 99] = 95
