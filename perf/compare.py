@@ -5,7 +5,8 @@ from the repeats, and a verdict.
 
 The rule. Ratios are of geometric means, because noise of speeds is multiplicative, and a mean of three uses all three
 where a median uses one. The interval is Student's, at 99 %, of the difference of logarithms, with the spread of both
-runs' repeats pooled: Welch's, which lets each keep its own, would see a loss of 20 % half as often with three repeats.
+runs' repeats pooled. (Welch's lets each keep its own; with three repeats and noise of 5 % it finds a loss of 20 % in
+56 of 100 simulated comparisons, this one in 74, and false alarms stay below 1 in 100 figures with both.)
 A figure differs if the interval leaves out 1 and the ratio is at least 5 % from it; the first keeps chance out, the
 second what repeats cannot see, because they share a server and an hour. Both runs need two repeats or more of a load.
 """

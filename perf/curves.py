@@ -47,7 +47,7 @@ def draw_curves(summary: Summary) -> bytes:
 
     streams = summary.scenario.streams
     # A figure of its own, not pyplot's: no global state, and no display is looked for.
-    figure = Figure(figsize=(8.4 * len(streams), 5.4), layout="constrained")
+    figure = Figure(figsize=(9 if len(streams) == 1 else 13, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, stream in zip(figure.subplots(1, len(streams), squeeze=False)[0], streams, strict=True):
         _draw_panel(axes, summary, stream)
@@ -79,7 +79,7 @@ def _draw_panel(axes: Axes, summary: Summary, stream: StreamKind) -> None:
     axes.set_ylabel("latency, ms (log scale)")
     axes.grid(which="both", alpha=0.25, linewidth=0.6)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper left", frameon=False)
+        axes.legend(loc="best", frameon=False)
 
 
 def _draw_line(axes: Axes, points: list[Point], stream: StreamKind, which: str, style: str, loop: Loop) -> None:

@@ -42,7 +42,7 @@ def render_report(summary: Summary, png: bytes) -> str:
     return _PAGE.substitute(
         title=escape(f"{summary.model} under load: {scenario.name}"),
         subtitle=escape(f"{summary.started_at} · fingerprint {summary.fingerprint} · {summary.url}"),
-        headline="".join(_headline(summary, stream) for stream in scenario.streams),
+        headline="".join(f"<div class=cards>{_headline(summary, stream)}</div>" for stream in scenario.streams),
         png=base64.b64encode(png).decode("ascii"),
         tables="".join(_stream_section(summary, stream) for stream in scenario.streams),
         stages=_stages_table(summary),
@@ -90,6 +90,8 @@ def _stream_section(summary: Summary, stream: StreamKind) -> str:
 
 def _row(summary: Summary, point: Point, stream: StreamKind) -> list[str]:
     level = f"{point.levels[stream]:g}"
+    if point.loop == "closed" and len(point.levels) > 1:
+        level += f" of {point.level:g}"
     if point.loop == "open" and point.name.endswith("of capacity"):
         level += f" ({point.level:.0%})"
     remarks = "; ".join(summary.remarks(point, stream))

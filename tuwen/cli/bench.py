@@ -16,6 +16,7 @@ from tuwen.cli.console import DEFAULT_REPOSITORY, Json, Repository, Url, progres
 
 if TYPE_CHECKING:
     from perf.compare import Comparison
+    from perf.towers import TowerReport
 
 bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 
@@ -84,5 +85,73 @@ def _print_comparison(found: Comparison) -> None:
             *(one.load, one.stream, one.figure, f"{one.a:.4g}{unit}", f"{one.b:.4g}{unit}", f"{one.ratio.value:.3f}"),
             *(interval, one.verdict),
             style=style,
+        )
+    stdout.print(table)
+
+
+@bench_app.command("towers")
+def bench_towers(
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="Checkpoint folder, or an official .pt file.")
+    ] = None,
+    architecture: Annotated[
+        str | None, typer.Option("--architecture", help="Instead of a checkpoint: this one with random weights.")
+    ] = None,
+    batch: Annotated[str, typer.Option("--batch", help="Items a call, with commas between.")] = "1,8,16",
+    lengths: Annotated[str, typer.Option("--lengths", help="Tokens a text, with commas between.")] = "9,52",
+    rounds: Annotated[int, typer.Option("--rounds", help="How often every side is timed, in turn.")] = 7,
+    threads: Annotated[int | None, typer.Option("--threads", help="Of every side; default all cores.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write towers.json to.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time both towers alone: PyTorch, ONNX Runtime fp32 and int8, TensorRT on a GPU; parity beside the speed."""
+    from perf.rounds import write_json
+    from perf.towers import load_model, measure_towers
+
+    model, weights = load_model(checkpoint, architecture)
+    with stderr.status("opening the towers") as status:
+        found = measure_towers(
+            model,
+            weights,
+            _numbers("--batch", batch),
+            _numbers("--lengths", lengths),
+            rounds,
+            threads,
+            on_stage=status.update,
+        )
+    if out is not None:
+        write_json(out / "towers.json", found.to_json())
+    if as_json:
+        print(json.dumps(found.to_json(), ensure_ascii=False))
+    else:
+        _print_towers(found)
+
+
+def _numbers(flag: str, text: str) -> list[int]:
+    from tuwen.errors import InvalidInput
+
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InvalidInput(f"{flag} {text}: expected whole numbers with commas between") from None
+
+
+def _print_towers(found: TowerReport) -> None:
+    parity = {(one.tower, one.side): one for one in found.parity}
+    table = Table(title=f"{found.architecture}, {found.threads} threads, median of {found.rounds} rounds")
+    for column in ("tower", "batch", "tokens", "side"):
+        table.add_column(column, justify="right" if column in ("batch", "tokens") else "left")
+    for column in ("ms", "least to most", "items/s", "x PyTorch", "min cosine", "max difference"):
+        table.add_column(column, justify="right")
+    before = None
+    for one in found.times:
+        if before is not None and before != (one.tower, one.batch, one.length):
+            table.add_section()
+        before = (one.tower, one.batch, one.length)
+        close = parity[one.tower, one.side]
+        table.add_row(
+            *(one.tower, str(one.batch), str(one.length or ""), one.side, f"{one.median_ms:.2f}"),
+            *(f"{one.min_ms:.2f} to {one.max_ms:.2f}", f"{one.batch / one.median_ms * 1000:.0f}"),
+            *(f"{one.speed_of_pytorch:.2f}", f"{close.min_cosine:.6f}", f"{close.max_abs_diff:.1e}"),
         )
     stdout.print(table)
