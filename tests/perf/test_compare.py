@@ -60,11 +60,12 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
 
 
 def test_a_difference_below_the_minimum_is_none() -> None:
-    """Repeats so alike that the interval leaves out 1 do not make 3 % a regression."""
-    ratio = ratio_of([100, 100.1, 99.9], [97, 97.1, 96.9])
+    """Repeats so alike that the interval leaves out 1 do not make 7 % a regression."""
+    ratio = ratio_of([100, 100.1, 99.9], [93, 93.1, 92.9])
     assert ratio.high < 1
     assert judge(ratio, higher_is_better=True) == "no difference beyond noise"
-    ratio = ratio_of([100, 100.1, 99.9], [94, 94.1, 93.9])
+    assert judge(ratio, higher_is_better=True, min_effect=0.05) == "slower"
+    ratio = ratio_of([100, 100.1, 99.9], [88, 88.1, 87.9])
     assert judge(ratio, higher_is_better=True) == "slower"
     assert judge(ratio, higher_is_better=False) == "faster"
 

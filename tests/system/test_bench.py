@@ -178,7 +178,7 @@ def test_no_server_is_one_sentence(analyzer: Analyzer, tmp_path: Path) -> None:
 
 def test_another_model_is_one_sentence(sample_server: EmbeddedServer) -> None:
     url = sample_server.endpoints.grpc
-    with pytest.raises(BenchFailed, match="serves no vit_l_14_text; it has tiny_rn$"):
+    with pytest.raises(BenchFailed, match=r"serves no vit_l_14_text; it has tiny_rn$"):
         find_target(url, "vit_l_14", ["text"])
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -52,13 +53,16 @@ def bench_compare(
     fail_on_regression: Annotated[
         bool, typer.Option("--fail-on-regression", help="Exit 1 if B is slower anywhere.")
     ] = False,
+    min_effect: Annotated[
+        float, typer.Option("--min-effect", min=0, help="A smaller change is none, however sure: 0.1 is 10 %.")
+    ] = 0.1,
     as_json: Json = False,
 ) -> None:
     """Tell a regression from noise: the ratio B / A of every load both measured, its 99 % interval, a verdict."""
     from perf.compare import compare
     from perf.summary import read_summary
 
-    found = compare(read_summary(a), read_summary(b))
+    found = compare(read_summary(a), read_summary(b), min_effect)
     if as_json:
         print(json.dumps(asdict(found), ensure_ascii=False))
     else:
@@ -70,22 +74,22 @@ def bench_compare(
 def _print_comparison(found: Comparison) -> None:
     for warning in found.warnings:
         stderr.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
-    table = Table()
-    for column in ("load", "", "figure"):
-        table.add_column(column)
-    for column in ("A", "B", "B / A", "99 % interval"):
-        table.add_column(column, justify="right")
-    table.add_column("verdict")
+    none = "no difference beyond noise"
+    table = Table(caption=f"–: {none}", caption_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("load", "figure"):
+        table.add_column(column, no_wrap=column == "figure")
+    for column in ("A", "B", "B / A"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("99 % interval", "verdict"):
+        table.add_column(column, no_wrap=True)
     colours = {"slower": "red", "faster": "green"}
     for one in found.findings:
-        unit = "/s" if one.figure == "throughput" else " ms"
-        interval = f"{one.ratio.low:.2f} to {one.ratio.high:.2f}"
+        figure = "answers/s" if one.figure == "throughput" else f"{one.figure}, ms"
+        ratios = (f"{one.ratio.value:.2f}", f"{one.ratio.low:.2f} to {one.ratio.high:.2f}")
+        verdict = "–" if one.verdict == none else one.verdict
+        load = f"{one.stream}, {one.load}"
         style = colours.get(one.verdict)
-        table.add_row(
-            *(one.load, one.stream, one.figure, f"{one.a:.4g}{unit}", f"{one.b:.4g}{unit}", f"{one.ratio.value:.3f}"),
-            *(interval, one.verdict),
-            style=style,
-        )
+        table.add_row(load, figure, f"{one.a:.4g}", f"{one.b:.4g}", *ratios, verdict, style=style)
     stdout.print(table)
 
 
