@@ -8,7 +8,8 @@ where a median uses one. The interval is Student's, at 99 %, of the difference o
 runs' repeats pooled. (Welch's lets each keep its own; with three repeats and noise of 5 % it finds a loss of 20 % in
 56 of 100 simulated comparisons, this one in 74, and false alarms stay below 1 in 100 figures with both.)
 A figure differs if the interval leaves out 1 and the ratio is at least 10 % from it; the first keeps chance out, the
-second some of what repeats cannot see, because they share a server and an hour. Both runs need two repeats or more of a load.
+second some of what repeats cannot see, because they share a server and an hour. Both runs need two repeats or more of
+a load.
 """
 
 from __future__ import annotations

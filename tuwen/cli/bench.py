@@ -77,17 +77,19 @@ def _print_comparison(found: Comparison) -> None:
     none = "no difference beyond noise"
     table = Table(caption=f"–: {none}", caption_justify="left", box=box.SIMPLE_HEAD)
     for column in ("load", "figure"):
-        table.add_column(column, no_wrap=column == "figure")
+        table.add_column(column, no_wrap=True)
     for column in ("A", "B", "B / A"):
         table.add_column(column, justify="right", no_wrap=True)
     for column in ("99 % interval", "verdict"):
         table.add_column(column, no_wrap=True)
+    has_several = len({one.stream for one in found.findings}) > 1
     colours = {"slower": "red", "faster": "green"}
     for one in found.findings:
         figure = "answers/s" if one.figure == "throughput" else f"{one.figure}, ms"
-        ratios = (f"{one.ratio.value:.2f}", f"{one.ratio.low:.2f} to {one.ratio.high:.2f}")
+        high = f"{one.ratio.high:.2f}" if one.ratio.high < 100 else "more"
+        ratios = (f"{one.ratio.value:.2f}", f"{one.ratio.low:.2f} to {high}")
         verdict = "–" if one.verdict == none else one.verdict
-        load = f"{one.stream}, {one.load}"
+        load = one.load.removesuffix(" of capacity") + (f", {one.stream}" if has_several else "")
         style = colours.get(one.verdict)
         table.add_row(load, figure, f"{one.a:.4g}", f"{one.b:.4g}", *ratios, verdict, style=style)
     stdout.print(table)
