@@ -63,8 +63,8 @@ def _headline(summary: Summary, stream: StreamKind) -> str:
     first, alone = rows[0]
     best, most = max(rows, key=lambda row: row[1]["throughput"])
     cards = [
-        (f"{most['throughput']:.0f} {_NOUNS[stream]}/s", f"at most, {best.levels[stream]:g} under way"),
-        (f"{alone['p50_ms']:.1f} ms", f"median of a {stream} request, {first.levels[stream]:g} under way"),
+        (f"{most['throughput']:.0f} {_NOUNS[stream]}/s", f"the most, {best.levels[stream]:g} under way"),
+        (f"{alone['p50_ms']:.1f} ms", f"median latency, {first.levels[stream]:g} {_NOUNS[stream]} under way"),
     ]
     usual = [
         (point, point.medians(stream) or {})
@@ -167,10 +167,12 @@ def _method(summary: Summary) -> list[str]:
 
 
 def _how_to_repeat(summary: Summary) -> str:
+    name = summary.scenario.name
     return (
         "make perf-analyzer\n"
-        f"tuwen bench run {summary.scenario.name}.toml --model {summary.model} --url {summary.url}\n"
-        "tuwen bench compare THIS/summary.json THAT/summary.json"
+        f"# with the scenario above as {name}.toml; instead of --serve, --url ADDRESS of a server that is there\n"
+        f"tuwen bench run {name}.toml --model {summary.model} --serve --rates-of THIS --out AGAIN\n"
+        "tuwen bench compare THIS AGAIN"
     )
 
 

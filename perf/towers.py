@@ -48,7 +48,6 @@ NUM_PARITY_ITEMS = 32
 
 Embeds = npt.NDArray[np.float32]
 Rows = Sequence[Sequence[int]]  # token ids of texts, unpadded
-Pixels = npt.NDArray[np.float32]
 # A tower as one side runs it: texts or pixel_values -> embeddings (B, D) on the host.
 Side = Callable[[Any], Embeds]
 
@@ -265,10 +264,14 @@ def _real_items(model: ChineseCLIP, kind: TowerKind, longest: int) -> Any:
 
 
 def _items(model: ChineseCLIP, kind: TowerKind, batch: int, length: int | None) -> Any:
-    """`batch` items: pictures, or texts of exactly `length` tokens made of captions."""
-    if length is None:
-        pictures = _real_items(model, kind, 0)
-        return np.stack(list(islice(cycle(pictures), batch)))
+    """`batch` texts of `length` tokens, or as many pictures."""
+    if length is not None:
+        return texts_of_length(batch, length)
+    return np.stack(list(islice(cycle(_real_items(model, kind, 0)), batch)))
+
+
+def texts_of_length(count: int, length: int) -> Rows:
+    """Token ids of `count` texts of exactly `length` tokens, [CLS] and [SEP] among them, made of captions."""
     captions = open_pairs(SAMPLES_DIR, "valid").texts
     tokens = (token for record in cycle(captions) for token in default_tokenizer().encode_ids(record.text)[1:-1])
-    return [[CLS_ID, *islice(tokens, length - 2), SEP_ID] for _ in range(batch)]
+    return [[CLS_ID, *islice(tokens, length - 2), SEP_ID] for _ in range(count)]

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from perf.analyzer import Analyzer, Load, Running, find_analyzer
+from perf.analyzer import Analyzer, Load, Measurement, Running, find_analyzer
 from perf.bench import BenchFailed, find_target, run_bench
-from perf.compare import compare
 from perf.scenario import SCENARIOS_DIR
-from perf.summary import Summary, read_summary
+from perf.summary import Summary, read_summary, write_summary
+from perf.towers import measure_towers, texts_of_length
 from tests.system.conftest import SAMPLE_CHECKPOINT, some_ports
 from tuwen.errors import InvalidInput, MissingDependency
+from tuwen.model import ChineseCLIP
 from tuwen.serving.server import EmbeddedServer
 
 pytestmark = pytest.mark.triton
@@ -93,68 +94,48 @@ def test_the_folder_holds_what_was_found(smoke_dir: Path, smoke: Summary) -> Non
     assert [path.name for path in smoke_dir.parent.iterdir()] == ["smoke"]
 
 
-def test_the_run_tells_what_it_holds_for(smoke: Summary, sample_server: EmbeddedServer) -> None:
-    record = sample_repository_record(sample_server)
+def test_the_run_tells_what_it_holds_for(smoke: Summary, sample_repository: Path) -> None:
+    record = json.loads((sample_repository / "tiny_rn_text_tower" / "1" / "build.json").read_text(encoding="utf-8"))
     assert (smoke.model, smoke.fingerprint) == ("tiny_rn", record["fingerprint"])
     assert smoke.versions["triton server"].startswith("2.")
     assert smoke.versions["perf_analyzer"]
     assert smoke.machine["cores"] >= 1
 
 
-def sample_repository_record(server: EmbeddedServer) -> dict[str, int]:
-    path = server._repository / "tiny_rn_text_tower" / "1" / "build.json"
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+def bench_compare(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*TUWEN, "bench", "compare", *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
+    )
 
 
-def test_a_run_does_not_differ_from_itself(smoke_dir: Path, smoke: Summary) -> None:
-    command = [*TUWEN, "bench", "compare", str(smoke_dir), str(smoke_dir / "summary.json"), "--fail-on-regression"]
-    ended = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=60, check=False)
+def test_a_run_does_not_differ_from_itself(smoke_dir: Path) -> None:
+    ended = bench_compare(smoke_dir, smoke_dir / "summary.json", "--fail-on-regression", "--json")
     assert ended.returncode == 0, ended.stderr
     findings = json.loads(ended.stdout)["findings"]
     assert len(findings) == 2 * (2 * 3 + 2)  # kinds of request; figures of two closed loops and of an open one
     assert {one["verdict"] for one in findings} == {"no difference beyond noise"}
-    assert (
-        "no difference beyond noise"
-        in subprocess.run(
-            command, capture_output=True, text=True, timeout=60, check=True, env={"COLUMNS": "200", "PATH": ""}
-        ).stdout
-    )
 
 
-def test_fail_on_regression_exits_1(smoke_dir: Path, smoke: Summary, tmp_path: Path) -> None:
-    """The same run, and one with every repeat ten times as slow."""
-    from perf.summary import write_summary
+def slowed(one: Measurement, factor: float) -> Measurement:
+    latency_ms = {which: value * factor for which, value in one.latency_ms.items()}
+    return replace(one, throughput=one.throughput / factor, latency_ms=latency_ms)
 
-    slow = replace(
-        smoke,
-        points=tuple(
-            replace(point, repeats=(repeat, repeat, repeat))
-            for point in smoke.points
-            for repeat in [
-                replace(
-                    point.repeats[0],
-                    streams={
-                        stream: replace(
-                            one,
-                            throughput=one.throughput / 10,
-                            latency_ms={which: value * 10 for which, value in one.latency_ms.items()},
-                        )
-                        for stream, one in point.repeats[0].streams.items()
-                    },
-                )
-            ]
-        ),
-    )
-    steady = replace(smoke, points=tuple(replace(point, repeats=(point.repeats[0],) * 3) for point in smoke.points))
-    for name, one in (("slow", slow), ("steady", steady)):
+
+def test_fail_on_regression_exits_1(smoke: Summary, tmp_path: Path) -> None:
+    """The first repeat of each load three times over, as it was and at half the speed."""
+    for name, factor in (("before", 1), ("after", 2)):
+        points = []
+        for point in smoke.points:
+            first = point.repeats[0]
+            streams = {stream: slowed(one, factor) for stream, one in first.streams.items()}
+            points.append(replace(point, repeats=(replace(first, streams=streams),) * 3))
         (tmp_path / name).mkdir()
-        write_summary(one, tmp_path / name)
-    assert compare(steady, slow).has_regression
-    command = [*TUWEN, "bench", "compare", str(tmp_path / "steady"), str(tmp_path / "slow")]
+        write_summary(replace(smoke, points=tuple(points)), tmp_path / name)
     for flags, status in (([], 0), (["--fail-on-regression"], 1)):
-        ended = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=60, check=False)
+        ended = bench_compare(tmp_path / "before", tmp_path / "after", *flags)
         assert ended.returncode == status, ended.stderr
-        assert "slower" in ended.stdout
+        assert ended.stdout.count("slower") == 2 * (2 * 3 + 2)
+    assert bench_compare(tmp_path / "after", tmp_path / "before", "--fail-on-regression").returncode == 0
 
 
 def test_a_refusing_server_is_a_row_without_figures(
@@ -221,16 +202,12 @@ def test_towers_are_timed_with_parity_beside(tmp_path: Path) -> None:
         ({"rounds": 0}, "--rounds 0: expected 1 to 1000"),
     ],
 )
-def test_towers_refuse_what_cannot_be(flags: dict[str, object], reason: str, sample_model: object) -> None:
-    from perf.towers import measure_towers
-
+def test_towers_refuse_what_cannot_be(flags: dict[str, object], reason: str, sample_model: ChineseCLIP) -> None:
     with pytest.raises(InvalidInput, match=reason):
         measure_towers(sample_model, "sample", **flags)  # type: ignore[arg-type]
 
 
 def test_texts_to_time_have_exactly_the_length_asked_for() -> None:
-    from perf.towers import _items
-
-    rows = _items(None, "text", 3, 12)  # type: ignore[arg-type]
+    rows = texts_of_length(3, 12)
     assert [len(row) for row in rows] == [12, 12, 12]
     assert not np.array_equal(rows[0], rows[1])
