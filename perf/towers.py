@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -27,7 +28,7 @@ import torch
 from builders.onnx_export import TOWERS, TowerKind, export_tower
 from builders.parity import SAMPLES_DIR
 from builders.quantize import quantize_tower
-from perf.rounds import alternate, machine, medians, milliseconds_of
+from perf.rounds import alternate, machine, medians
 from perf.tensorrt_tower import MAX_BATCH, open_tensorrt
 from tuwen.checkpoint import load_checkpoint
 from tuwen.data.pairs import open_pairs
@@ -45,6 +46,7 @@ DEFAULT_BATCHES = (1, 8, 16)
 DEFAULT_LENGTHS = (9, 52)  # tokens: MUGE's mean of 7 characters with [CLS] and [SEP], and the most there can be
 DEFAULT_ROUNDS = 7
 NUM_PARITY_ITEMS = 32
+_REST_S, _MOMENT_S = 0.1, 0.1
 
 Embeds = npt.NDArray[np.float32]
 Rows = Sequence[Sequence[int]]  # token ids of texts, unpadded
@@ -54,7 +56,7 @@ Side = Callable[[Any], Embeds]
 
 @dataclass(frozen=True)
 class TowerTime:
-    """One side on one input: median, least and greatest milliseconds of the rounds."""
+    """One side on one input: milliseconds a call, median, least and greatest of the rounds."""
 
     tower: TowerKind
     batch: int
@@ -64,6 +66,11 @@ class TowerTime:
     min_ms: float
     max_ms: float
     speed_of_pytorch: float
+
+    @property
+    def input(self) -> str:
+        """As a reader names it: "text 16 x 9" is 16 texts of 9 tokens."""
+        return f"{self.tower} {self.batch}" + (f" x {self.length}" if self.length else "")
 
 
 @dataclass(frozen=True)
@@ -232,14 +239,27 @@ def _run_engine(engine: Callable[[Mapping[str, npt.NDArray[Any]], str], Embeds],
 def _time(
     kind: TowerKind, batch: int, length: int | None, sides: Mapping[str, Side], items: Any, rounds: int
 ) -> list[TowerTime]:
-    runs = {name: milliseconds_of(partial(side, items)) for name, side in sides.items()}
-    alternate(runs, 1)  # the first call of a shape allocates
-    found = alternate(runs, rounds)
+    found = alternate({name: partial(_milliseconds_a_call, side, items) for name, side in sides.items()}, rounds)
     middle = medians(found)
     return [
         TowerTime(kind, batch, length, name, middle[name], min(row), max(row), middle[PYTORCH] / middle[name])
         for name, row in found.items()
     ]
+
+
+def _milliseconds_a_call(side: Side, items: Any) -> float:
+    """Mean over as many calls as fill a moment, after a rest and a call that does not count.
+
+    The threads of the side before spin on for a while after its last call, and would take cores from this one: without
+    the rest PyTorch's medians were up to 25 times its best.
+    """
+    time.sleep(_REST_S)
+    side(items)
+    calls, started = 0, time.perf_counter()
+    while (passed := time.perf_counter() - started) < _MOMENT_S:
+        side(items)
+        calls += 1
+    return passed / calls * 1000
 
 
 def _measure_parity(kind: TowerKind, sides: Mapping[str, Side], items: Any) -> list[TowerParity]:

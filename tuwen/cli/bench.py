@@ -144,20 +144,19 @@ def _numbers(flag: str, text: str) -> list[int]:
 
 def _print_towers(found: TowerReport) -> None:
     parity = {(one.tower, one.side): one for one in found.parity}
-    table = Table(title=f"{found.architecture}, {found.threads} threads, median of {found.rounds} rounds")
-    for column in ("tower", "batch", "tokens", "side"):
-        table.add_column(column, justify="right" if column in ("batch", "tokens") else "left")
-    for column in ("ms", "least to most", "items/s", "x PyTorch", "min cosine", "max difference"):
-        table.add_column(column, justify="right")
-    before = None
-    for one in found.times:
-        if before is not None and before != (one.tower, one.batch, one.length):
-            table.add_section()
-        before = (one.tower, one.batch, one.length)
+    table = Table(title=f"{found.architecture}, {found.threads} threads", box=box.SIMPLE_HEAD)
+    for column in ("input", "side"):
+        table.add_column(column, no_wrap=True)
+    for column in ("ms", "items/s", "x PyTorch", "min cosine", "max diff"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for index, one in enumerate(found.times):
+        is_first = index == 0 or found.times[index - 1].input != one.input
+        if is_first and index:
+            table.add_row()
         close = parity[one.tower, one.side]
         table.add_row(
-            *(one.tower, str(one.batch), str(one.length or ""), one.side, f"{one.median_ms:.2f}"),
-            *(f"{one.min_ms:.2f} to {one.max_ms:.2f}", f"{one.batch / one.median_ms * 1000:.0f}"),
-            *(f"{one.speed_of_pytorch:.2f}", f"{close.min_cosine:.6f}", f"{close.max_abs_diff:.1e}"),
+            *(one.input if is_first else "", one.side, f"{one.median_ms:.2f}"),
+            *(f"{one.batch / one.median_ms * 1000:.0f}", f"{one.speed_of_pytorch:.2f}"),
+            *(f"{close.min_cosine:.6f}", f"{close.max_abs_diff:.1e}"),
         )
     stdout.print(table)
