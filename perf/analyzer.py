@@ -43,6 +43,8 @@ _PARTS = (
 )
 _WINDOW = re.compile(r"^\s*Pass \[\d+\] throughput: ([\d.e+-]+) infer/sec\. .*latency: (\d+) usec", re.MULTILINE)
 _DELAYED = re.compile(r"([\d.]+)% of the requests were delayed")
+# The second of a part of the ensemble: Triton's statistics did not change within a window.
+_TOO_FEW = re.compile(r"[Nn]o valid requests recorded|failed to find the requested model version")
 _REFUSED = re.compile(r"[Ee]xceeds maximum queue size")
 
 
@@ -200,6 +202,8 @@ def explain_failure(printed: str) -> str:
     """One sentence from what perf_analyzer printed before it gave up."""
     if _REFUSED.search(printed):
         return "the server refused requests: its queue was full"
+    if _TOO_FEW.search(printed):
+        return "a window held no answer: make window_s longer"
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
     telling = [line for line in lines if re.search(r"error|fail|unknown|unable", line, re.IGNORECASE)]
     return f"perf_analyzer: {(telling or lines or ['it ended without a word'])[-1]}"

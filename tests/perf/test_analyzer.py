@@ -69,6 +69,10 @@ def test_another_csv_is_refused(text: str, tmp_path: Path) -> None:
             "error: failed to get model metadata: Request for unknown model: 'nope' is not found\n\n",
             "perf_analyzer: error: failed to get model metadata: Request for unknown model: 'nope' is not found",
         ),
+        (
+            "failed to find the requested model version\n",
+            "a window held no answer: make window_s longer",
+        ),
         ("", "perf_analyzer: it ended without a word"),
     ],
 )
