@@ -35,7 +35,7 @@ def search(
 
     pictures = _gallery(images)
     skipped: list[InvalidInput] = []
-    with _server(repository) if start_server else nullcontext(url) as address, Client(address, model) as client:
+    with embedded_server(repository) if start_server else nullcontext(url) as address, Client(address, model) as client:
         with progress_bar("embedding pictures") as report:
             matches = rank_pictures(
                 client, queries, pictures, top, lambda done: report(done, len(pictures)), skipped.append
@@ -82,7 +82,7 @@ def _gallery(path: Path) -> list[Picture]:
 
 
 @contextmanager
-def _server(repository: Path) -> Iterator[str]:
+def embedded_server(repository: Path) -> Iterator[str]:
     """The embedded server on free ports of loopback; yields its gRPC address."""
     from tuwen.serving.ports import free_ports
     from tuwen.serving.server import EmbeddedServer
