@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from tritonclient.utils import InferenceServerException
 from tuwen_client import (
     Client,
     DeadlineExceeded,
@@ -13,7 +12,7 @@ from tuwen_client import (
     ServerUnavailable,
     TuwenError,
 )
-from tuwen_client.errors import from_triton
+from tuwen_client.errors import from_status
 
 
 @pytest.mark.parametrize(
@@ -26,11 +25,20 @@ from tuwen_client.errors import from_triton
         ("RESOURCE_EXHAUSTED", "too much", Overloaded, "too much"),
         ("DEADLINE_EXCEEDED", "Deadline Exceeded", DeadlineExceeded, "did not answer in time"),
         ("NOT_FOUND", "unknown model", ModelNotFound, "unknown model"),
-        ("INTERNAL", "stub process is not healthy", TuwenError, "stub process is not healthy"),
+        ("UNAVAILABLE", "Request timeout expired", Overloaded, "Request timeout expired"),
+        ("INTERNAL", "Stub process 'tokenize_text_0_0' is not healthy.", ServerUnavailable, "Stub process"),
+        (
+            "INTERNAL",
+            "in ensemble 'a', Server is stopping, scheduler for model has stopped accepting new inference requests",
+            ServerUnavailable,
+            "Server is stopping",
+        ),
+        ("UNAVAILABLE", "This protocol is restricted, expecting header 'x'", TuwenError, "restricted"),
+        ("INTERNAL", "the server made a mistake", TuwenError, "a mistake"),
     ],
 )
 def test_a_status_becomes_its_error(status: str, message: str, kind: type[TuwenError], shown: str) -> None:
-    error = from_triton(InferenceServerException(message, status=f"StatusCode.{status}"))
+    error = from_status(status, message)
     assert type(error) is kind
     assert shown in str(error)
 
