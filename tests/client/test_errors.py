@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from tuwen_client import (
-    Client,
     DeadlineExceeded,
     InvalidInput,
     ModelNotFound,
@@ -48,9 +47,3 @@ def test_an_error_says_which_item_and_which_are_done() -> None:
     error.index, error.partial = 4, {2: None, 0: None}  # type: ignore[dict-item]
     assert str(error) == "item 4: text is empty"
     assert error.done == [0, 2]
-
-
-@pytest.mark.parametrize(("option", "value"), [("max_in_flight", 0), ("timeout_s", 0)])
-def test_an_option_that_cannot_work_is_refused(option: str, value: int) -> None:
-    with pytest.raises(InvalidInput, match=f"{option} is 0"):
-        Client(**{option: value})  # type: ignore[arg-type]
