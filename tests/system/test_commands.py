@@ -32,9 +32,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @contextmanager
-def serving(repository: Path, ports: Ports) -> Iterator[subprocess.Popen[str]]:
+def serving(repository: Path, ports: Ports, *flags: str) -> Iterator[subprocess.Popen[str]]:
     """`tuwen serve` in the background, given to the test once it has printed its endpoints."""
-    arguments = ["serve", "--repository", str(repository), *port_flags(ports)]
+    arguments = ["serve", "--repository", str(repository), *port_flags(ports), *flags]
     with subprocess.Popen([*TUWEN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -67,13 +67,24 @@ def test_serve_prints_its_endpoints_and_ends_cleanly(sample_repository: Path, nu
         assert probe.connect_ex(("127.0.0.1", ports.grpc)) != 0
 
 
-def test_serve_ends_with_one_sentence_when_triton_is_killed(sample_repository: Path) -> None:
-    with serving(sample_repository, some_ports()) as process:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        tritons = [
-            int(pid) for pid in children if "tritonserver" in Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
-        ] or _triton_descendants(process.pid)
-        os.kill(tritons[0], signal.SIGKILL)
+def test_serve_starts_anew_when_triton_is_killed(sample_repository: Path) -> None:
+    ports = some_ports()
+    with serving(sample_repository, ports) as process, Client(f"localhost:{ports.grpc}") as client:
+        client.embed_text(["猫"])
+        os.kill(_triton_descendants(process.pid)[0], signal.SIGKILL)
+        assert process.stderr is not None
+        said = next(line for line in process.stderr if "serves again" in line)
+        assert "tritonserver was killed by SIGKILL" in said
+        assert client.embed_text(["猫"]).shape == (1, client.embed_dim)
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Traceback" not in errors
+
+
+def test_serve_without_restart_ends_with_one_sentence(sample_repository: Path) -> None:
+    with serving(sample_repository, some_ports(), "--no-restart") as process:
+        os.kill(_triton_descendants(process.pid)[0], signal.SIGKILL)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "tritonserver was killed by SIGKILL" in " ".join(errors.split())

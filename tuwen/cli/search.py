@@ -94,4 +94,4 @@ def _server(repository: Path) -> Iterator[str]:
             endpoints = server.start()
         yield endpoints.grpc
     finally:
-        server.stop()
+        server.stop(timeout_s=0)  # nobody else has asked it anything

@@ -8,7 +8,6 @@
 """
 
 import errno
-import http.client
 import logging
 import os
 import shutil
@@ -24,7 +23,9 @@ from types import TracebackType
 
 from tuwen.errors import TuwenError
 from tuwen.serving.access import Tls, check_token, new_token, token_arguments
+from tuwen.serving.control import ControlFailed, ServerControl
 from tuwen.serving.installation import BACKENDS, Installation, assemble_run_dir, find_installation, server_environment
+from tuwen.serving.model_processes import model_of
 from tuwen.serving.model_repository import built_models, called_models, missing_files, model_names
 from tuwen.serving.server_log import explain_failed_start, last_meaningful_line
 from tuwen.serving.server_process import ServerProcess
@@ -32,6 +33,8 @@ from tuwen.serving.server_process import ServerProcess
 log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 30
+EXIT_TIMEOUT_S = 5.0
+REVIVE_TIMEOUT_S = 60
 # 64 MiB holds some 30,000 text embeddings of 512 numbers: Triton's entry is the row and about 150 bytes more.
 DEFAULT_CACHE_SIZE_BYTES = 64 << 20
 _POLL_INTERVAL_S = 0.05
@@ -127,6 +130,16 @@ class EmbeddedServer:
         return self._process is not None and not self._process.over.is_set()
 
     @property
+    def dead_model(self) -> str | None:
+        """The model instance whose process has died, such as `vit_b_16_text_tower_0_0`; see revive()."""
+        return self._process.dead_model if self._process else None
+
+    @property
+    def control(self) -> ServerControl:
+        """For the operator: models loaded and unloaded, statistics."""
+        return ServerControl(self._plain_client_host, self._ports["--http-port"], self.admin_token)
+
+    @property
     def log_path(self) -> Path | None:
         """Triton's own log; None before start() unless one was asked for."""
         return self._log_path
@@ -183,6 +196,25 @@ class EmbeddedServer:
             raise self._error(f"the process of model instance {self._process.dead_model} died")
         raise self._error(_describe_exit(self._process.returncode) + self._last_line())
 
+    def revive(self, timeout_s: float = REVIVE_TIMEOUT_S) -> str:
+        """Give the model whose process died a new one; all others go on answering meanwhile. Returns its name.
+
+        Raises:
+            ServerError: the server does not do it in time; it must be started anew.
+        """
+        instance = self.dead_model
+        model = model_of(instance) if instance else None
+        if self._process is None or model is None:
+            raise ServerError(f"no model to give a new process ({instance or 'none has died'})")
+        deadline = time.monotonic() + timeout_s
+        try:
+            self.control.unload([model], timeout_s=0)
+            self.control.load(model, max(1.0, deadline - time.monotonic()))
+        except ControlFailed as error:
+            raise self._error(f"model {model} cannot be loaded again: {error}") from error
+        self._process.forget_dead()
+        return model
+
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """End the server and its model processes, in-flight requests first; safe before start() and a second time.
 
@@ -191,9 +223,29 @@ class EmbeddedServer:
         """
         if self._process is not None:
             self._keep_log = self._keep_log or self._process.has_died
-            self._process.stop(timeout_s)
+            left_s = self._drain(self._process, timeout_s) if timeout_s and self.is_alive else timeout_s
+            self._process.stop(left_s)
         if self._state_dir is not None:
             shutil.rmtree(self._state_dir / "run" if self._keep_log else self._state_dir, ignore_errors=True)
+
+    def _drain(self, process: ServerProcess, timeout_s: float) -> float:
+        """Refuse what is new and answer what is under way; returns how long the processes may still take to end.
+
+        Models that call others finish first, while those still answer: Triton alone would stop all of them at once.
+        """
+        process.expect_exits()
+        deadline = time.monotonic() + timeout_s
+        calling = [name for name in self.models if called_models(self._repository, name)]
+        others = [name for name in self.models if name not in calling]
+        try:
+            for models in (calling, others):
+                self.control.unload(models, max(0.1, deadline - time.monotonic()))
+        except ControlFailed as error:
+            log.warning("stopping before all is answered: %s", error)
+            return max(0.0, deadline - time.monotonic())
+        # Nothing is under way any more. Triton might still wait for a client's idle connection, or for a model
+        # that was replaced because its process died.
+        return min(EXIT_TIMEOUT_S, max(0.0, deadline - time.monotonic()))
 
     def _choose_models(self) -> list[str]:
         present = model_names(self._repository)
@@ -279,20 +331,10 @@ class EmbeddedServer:
             if time.monotonic() > deadline:
                 raise self._error(f"tritonserver is not ready after {self._startup_timeout_s:g} s" + self._last_line())
             flag, path = pending[0]
-            if self._answers(self._ports[flag], path):
+            if self.control.answers(self._ports[flag], path):
                 pending.pop(0)
             else:
                 process.exited.wait(_POLL_INTERVAL_S)
-
-    def _answers(self, port: int, path: str) -> bool:
-        connection = http.client.HTTPConnection(self._plain_client_host, port, timeout=5)
-        try:
-            connection.request("GET", path)
-            return connection.getresponse().status == http.client.OK
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            connection.close()
 
     def _error(self, sentence: str) -> ServerError:
         self._keep_log = True

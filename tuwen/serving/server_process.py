@@ -16,7 +16,7 @@ from tuwen.serving.model_processes import ModelProcessWatch
 
 log = logging.getLogger(__name__)
 
-_WATCH_INTERVAL_S = 1.0
+_WATCH_INTERVAL_S = 0.5
 _SHARED_MEMORY_DIR = Path("/dev/shm")
 # Becomes the server, after asking the kernel to end it (SIGTERM) when the thread that started it ends: kill -9 of
 # `tuwen serve` leaves no server behind. Unlike a preexec_fn, no Python runs between fork and exec of this process.
@@ -76,15 +76,24 @@ class ServerProcess:
         """Whether it, or a model process, ended in another way than by a stop() or a SIGTERM from elsewhere."""
         return self.over.is_set() and not self._is_stopping and self.returncode != 0
 
+    def expect_exits(self) -> None:
+        """From now on model processes end because they are asked to."""
+        self._is_stopping = True
+
+    def forget_dead(self) -> None:
+        """The dead model has been replaced: watch on."""
+        self.dead_model = None
+        self.over.clear()
+
     def stop(self, timeout_s: float) -> None:
         """SIGTERM, which lets in-flight requests finish; SIGKILL to all its processes after the timeout."""
-        self._is_stopping = True
+        self.expect_exits()
         if self._process is None:
             return
         self._process.terminate()
         # With a dead model process Triton would wait its whole exit timeout for nothing.
         if not self.exited.wait(0 if self.dead_model else timeout_s):
-            log.log(logging.WARNING if timeout_s else logging.DEBUG, "tritonserver %d is killed", self._process.pid)
+            log.debug("tritonserver %d is killed", self._process.pid)
             _kill_group(self._process.pid)
         self._keeper.join()
 
