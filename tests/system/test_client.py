@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -228,24 +227,40 @@ def test_an_image_that_cannot_be_scored_is_named(client: Client, files: list[byt
 # --- several servers, overload --------------------------------------------------------------------------------------
 
 
-def test_one_of_two_servers_is_killed_and_every_row_arrives(
-    sample_server: EmbeddedServer, sample_repository: Path, client: Client
+@pytest.mark.parametrize("is_orderly", [False, True])
+def test_one_of_two_servers_goes_and_every_row_arrives(
+    is_orderly: bool, sample_server: EmbeddedServer, sample_repository: Path, client: Client
 ) -> None:
     many = [f"第{number}张图" for number in range(1500)]
     expected = client.embed_text(many)
     with some_ports().serve(sample_repository) as doomed:
 
-        def kill(done: int) -> None:
-            if done == 300:
+        def end(done: int) -> None:
+            if done == 300 and is_orderly:
+                threading.Thread(target=doomed.stop).start()
+            elif done == 300:
                 assert doomed.pid is not None
                 os.kill(doomed.pid, signal.SIGKILL)
 
         with Client([doomed.endpoints.grpc, sample_server.endpoints.grpc]) as both:
-            rows = both.embed_text(many, on_progress=kill)
-            assert both._endpoints.all[0].failures, "it was used, and found dead"
+            rows = both.embed_text(many, on_progress=end)
+            assert both._endpoints.all[0].failures, "it was used, and found gone"
             assert both.is_ready()
             assert both.models() == ["tiny_rn"]
     assert np.allclose(rows, expected, atol=TOLERANCE)
+
+
+def test_the_only_server_that_stops_is_unavailable(sample_repository: Path) -> None:
+    """It unloads its models first, which is no reason to say that it does not know them."""
+    with some_ports().serve(sample_repository) as server, Client(server.endpoints.grpc) as client:
+
+        def stop(done: int) -> None:
+            if done == 300:
+                threading.Thread(target=server.stop).start()
+
+        with pytest.raises(ServerUnavailable) as raised:
+            client.embed_text((f"第{number}个" for number in count()), on_progress=stop)
+        assert len(raised.value.done) >= 300
 
 
 @pytest.fixture(scope="module")
@@ -315,26 +330,6 @@ def test_closing_a_client_ends_what_another_thread_embeds(sample_server: Embedde
 
 
 # --- TLS ------------------------------------------------------------------------------------------------------------
-
-
-def openssl(*arguments: str, folder: Path) -> None:
-    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder: ca.pem signed server.pem (of 127.0.0.1) and client.pem; other.pem is another authority."""
-    folder = tmp_path_factory.mktemp("certificates")
-    (folder / "san").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost")
-    for name in ("ca", "other"):
-        openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}", "-days", "2",
-                "-keyout", f"{name}.key", "-out", f"{name}.pem", folder=folder)  # fmt: skip
-    for name in ("server", "client"):
-        openssl("req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}", "-keyout", f"{name}.key",
-                "-out", f"{name}.csr", folder=folder)  # fmt: skip
-        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
-                "-days", "2", "-extfile", "san", "-out", f"{name}.pem", folder=folder)  # fmt: skip
-    return folder
 
 
 @pytest.mark.parametrize("is_mutual", [False, True])

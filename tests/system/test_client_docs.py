@@ -11,7 +11,6 @@ from PIL import Image
 from tuwen_client import Client
 
 from tests.system.conftest import ROOT, Ports
-from tests.system.test_client import certificates as certificates  # a fixture
 from tuwen.data.pairs import PairSet
 from tuwen.serving.access import Tls
 from tuwen.serving.ports import free_ports
@@ -73,5 +72,5 @@ def test_every_recipe_runs(
     assert "1 captions were longer" in printed
     assert "('05.webp', '05_big.png')" in printed, "the duplicate was found"
     assert "item 1: image is not a readable picture" in printed
-    assert "(400, 'item 0: text is empty" in printed
+    assert '(400, "item 0: text is empty' in printed
     assert printed.rstrip().endswith("True"), "the encrypted server was ready"
