@@ -17,6 +17,9 @@ from tuwen_client.codec import bytes_tensor, infer_request, read_outputs
         ({"timeout_s": float("nan")}, "timeout_s is nan"),
         ({"priority": "high"}, "priority is 'high', expected 'interactive' or 'bulk'"),
         ({"compression": "zip"}, "compression is 'zip', expected 'gzip'"),
+        ({"headers": {"two words": "x"}}, "header 'two words': expected"),
+        ({"headers": {"authorization": "Bearer\n"}}, "header 'authorization': expected"),
+        ({"token": "口令"}, "token: expected plain ASCII"),
     ],
 )
 def test_an_option_that_cannot_work_is_refused(options: dict[str, object], sentence: str) -> None:

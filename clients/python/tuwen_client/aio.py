@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -16,11 +16,11 @@ import numpy as np
 from tritonclient.grpc import service_pb2
 
 from tuwen_client.answers import CHUNKS_IN_FLIGHT, Classes, Scores, blame_image, chunks, classes_job, join, scores_job
+from tuwen_client.async_flight import Items, Source, ended, fly
 from tuwen_client.calls import Call
 from tuwen_client.core import (
     Asked,
     Core,
-    Flight,
     InvalidHook,
     ProgressHook,
     Sent,
@@ -29,9 +29,9 @@ from tuwen_client.core import (
     embed_dim_of,
     missing_row,
     names_of_pairs,
-    now,
 )
-from tuwen_client.errors import InvalidInput, ModelNotFound, ServerUnavailable, TuwenError
+from tuwen_client.endpoints import Endpoint
+from tuwen_client.errors import InvalidInput, ModelNotFound, TuwenError
 from tuwen_client.images import ImageLike
 from tuwen_client.options import Priority
 from tuwen_client.sides import IMAGE, MEASURED_TEXT, TEXT, Embedded, Job, Row, many_images, many_texts
@@ -39,17 +39,14 @@ from tuwen_client.tracing import client_span
 from tuwen_client.transport import response_of
 
 Answer = TypeVar("Answer")
-Item = TypeVar("Item")
-Items = Iterable[Item] | AsyncIterable[Item]
-_END = object()
 
 
 class AsyncClient(Core):
-    __doc__ = (
-        "Embeds Chinese text and images through a Tuwen server, for asyncio. Event loops may share one.\n\n"
-        "Items may come from an async iterable as well. What `Client` has as properties is awaited here:\n"
-        "`await client.model()`, `embed_dim()`, `fingerprint()`.\n" + (Core.__doc__ or "").partition("\n")[2]
-    )
+    """Embeds Chinese text and images through a Tuwen server, for asyncio. Event loops may share one.
+
+    Items may come from an async iterable as well; a plain one is read in the event loop. What `Client` has as
+    properties is awaited here: `await client.model()`, `embed_dim()`, `fingerprint()`.
+    """
 
     async def __aenter__(self) -> Self:
         return self
@@ -68,9 +65,13 @@ class AsyncClient(Core):
     async def is_ready(self) -> bool:
         """Whether a server answers and serves both sides of the model."""
         try:
-            return all([(await self._ask(*one)).ready for one in self._ready_questions(await self.model())])
+            questions = self._health_questions(await self.model())
+            for endpoint in self._in_turn():
+                if await self._is_healthy(endpoint, questions):
+                    return True
         except TuwenError:
             return False
+        return False
 
     async def models(self) -> list[str]:
         """As `Client.models`."""
@@ -264,9 +265,9 @@ class AsyncClient(Core):
 
         with client_span(operation, model, self.url) as headers:
             flight = self._flight(job, model, deliver, headers, asked)
-            source = _Source(items, job, events)
+            source = Source(items, job, events)
             try:
-                async with contextlib.aclosing(_fly(flight, source, events)) as calls:
+                async with contextlib.aclosing(fly(flight, source, events)) as calls:
                     async for call in calls:
                         if call.error is not None:
                             await self._tell(flight.failure(call), on_invalid)
@@ -293,113 +294,19 @@ class AsyncClient(Core):
         failure: TuwenError | None = None
         for endpoint in self._in_turn():
             try:
-                response = response_of(await _ended(self._servers[endpoint.number].ask(method, request)))
-            except ServerUnavailable as error:
-                self._endpoints.failed(endpoint, now())
+                response = response_of(await ended(self._servers[endpoint.number].ask(method, request)))
+            except TuwenError as error:
+                self._note(endpoint, error)
                 failure = error
             else:
-                self._endpoints.answered(endpoint)
+                self._note(endpoint, None)
                 return response
         assert failure is not None  # there is at least one endpoint
         raise failure
 
-
-class _Source:
-    """Items one after the other, packed; from an async iterable one is awaited while answers arrive."""
-
-    def __init__(self, items: Items[object], job: Job[Any], events: asyncio.Queue[Any]) -> None:
-        self._is_async = isinstance(items, AsyncIterable)
-        self._iterator: Any = aiter(items) if isinstance(items, AsyncIterable) else iter(items)
-        self._job, self._events = job, events
-        self._pull: asyncio.Task[Any] | None = None
-        self._index = 0
-        self.is_exhausted = False
-
-    @property
-    def is_asked(self) -> bool:
-        """Whether an item is awaited; it will be among the events."""
-        return self._pull is not None
-
-    async def feed(self, flight: Flight[Any]) -> None:
-        """Add the next item to the window, or ask for it."""
-        if self._is_async:
-            self._pull = asyncio.ensure_future(anext(self._iterator, _END))
-            self._pull.add_done_callback(self._events.put_nowait)
-        else:
-            await self._add(next(self._iterator, _END), flight)
-
-    async def take(self, pull: asyncio.Task[Any], flight: Flight[Any]) -> None:
-        """Add the item that was awaited; raises what its source raised."""
-        self._pull = None
-        await self._add(pull.result(), flight)
-
-    def cancel(self) -> None:
-        """Nobody wants another."""
-        if self._pull is not None:
-            self._pull.cancel()
-
-    async def _add(self, item: object, flight: Flight[Any]) -> None:
-        if item is _END:
-            self.is_exhausted = True
-            return
-        is_slow = self._job.is_slow(item)
-        packed = await asyncio.to_thread(flight.packed, item) if is_slow else flight.packed(item)
-        flight.window.add(self._index, item, packed, now())
-        self._index += 1
-
-
-async def _fly(flight: Flight[Any], source: _Source, events: asyncio.Queue[Any]) -> AsyncGenerator[Call]:
-    """Settled calls from the front of the window, which is kept full."""
-    window = flight.window
-    while window or not source.is_exhausted:
-        if window.has_result:
-            yield window.pop()
-            continue
-        if window.has_room and not source.is_exhausted and not source.is_asked:
-            await source.feed(flight)
-        else:
-            await _take(await _next_event(events, window.wait_s(now())), flight, source)
-        await _send_due(flight)
-        while not events.empty():
-            await _take(events.get_nowait(), flight, source)
-
-
-async def _next_event(events: asyncio.Queue[Any], timeout_s: float | None) -> Any:
-    """A request that ended, or an item that came; None when a request is due first."""
-    if timeout_s is None:
-        return await events.get()
-    try:
-        return await asyncio.wait_for(events.get(), timeout_s)
-    except TimeoutError:
-        return None
-
-
-async def _take(event: Any, flight: Flight[Any], source: _Source) -> None:
-    if isinstance(event, Sent):
-        flight.take(event)
-    elif event is not None:
-        await source.take(event, flight)
-
-
-async def _send_due(flight: Flight[Any]) -> None:
-    while (attempt := flight.window.next_attempt(now())) is not None:
-        if not flight.must_prepare(attempt) or await asyncio.to_thread(flight.prepare, attempt):
-            flight.send(attempt)
-
-
-async def _ended(future: Any) -> Any:
-    """The same future of gRPC, once it has ended."""
-    loop = asyncio.get_running_loop()
-    waiter = loop.create_future()
-
-    def wake() -> None:
-        if not waiter.done():
-            waiter.set_result(None)
-
-    future.add_done_callback(lambda ended: loop.call_soon_threadsafe(wake))
-    try:
-        await waiter
-    except asyncio.CancelledError:
-        future.cancel()
-        raise
-    return future
+    async def _is_healthy(self, endpoint: Endpoint, questions: Sequence[tuple[str, Any]]) -> bool:
+        try:
+            answers = [await ended(self._servers[endpoint.number].ask(*one)) for one in questions]
+            return all(response_of(answer).ready for answer in answers)
+        except TuwenError:
+            return False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -32,7 +32,8 @@ from tuwen_client.core import (
     names_of_pairs,
     now,
 )
-from tuwen_client.errors import InvalidInput, ModelNotFound, ServerUnavailable, TuwenError
+from tuwen_client.endpoints import Endpoint
+from tuwen_client.errors import InvalidInput, ModelNotFound, TuwenError
 from tuwen_client.images import ImageLike
 from tuwen_client.options import Priority
 from tuwen_client.sides import IMAGE, MEASURED_TEXT, TEXT, Embedded, Job, Row, many_images, many_texts
@@ -46,10 +47,7 @@ _END = object()
 
 
 class Client(Core):
-    __doc__ = (
-        "Embeds Chinese text and images through a Tuwen server. Threads may share one.\n"
-        + ((Core.__doc__ or "").partition("\n")[2])
-    )
+    """Embeds Chinese text and images through a Tuwen server. Threads may share one."""
 
     def __enter__(self) -> Self:
         return self
@@ -68,7 +66,8 @@ class Client(Core):
     def is_ready(self) -> bool:
         """Whether a server answers and serves both sides of the model."""
         try:
-            return all(self._ask(*question).ready for question in self._ready_questions(self.model))
+            questions = self._health_questions(self.model)
+            return any(self._is_healthy(endpoint, questions) for endpoint in self._in_turn())
         except TuwenError:
             return False
 
@@ -327,14 +326,20 @@ class Client(Core):
         for endpoint in self._in_turn():
             try:
                 response = response_of(self._servers[endpoint.number].ask(method, request))
-            except ServerUnavailable as error:
-                self._endpoints.failed(endpoint, now())
+            except TuwenError as error:
+                self._note(endpoint, error)
                 failure = error
             else:
-                self._endpoints.answered(endpoint)
+                self._note(endpoint, None)
                 return response
         assert failure is not None  # there is at least one endpoint
         raise failure
+
+    def _is_healthy(self, endpoint: Endpoint, questions: Sequence[tuple[str, Any]]) -> bool:
+        try:
+            return all(response_of(self._servers[endpoint.number].ask(*one)).ready for one in questions)
+        except TuwenError:
+            return False
 
 
 def _fly(flight: Flight[Any], source: Iterator[tuple[int, object]], ended: queue.SimpleQueue[Sent]) -> Iterator[Call]:

@@ -18,7 +18,15 @@ from tritonclient.grpc import service_pb2
 from tuwen_client.calls import Attempt, Call, RegionLost, Window
 from tuwen_client.codec import infer_request, read_outputs
 from tuwen_client.endpoints import Endpoint, Endpoints
-from tuwen_client.errors import DeadlineExceeded, InvalidInput, ModelChanged, ModelNotFound, Overloaded, TuwenError
+from tuwen_client.errors import (
+    DeadlineExceeded,
+    InvalidInput,
+    ModelChanged,
+    ModelNotFound,
+    Overloaded,
+    ServerUnavailable,
+    TuwenError,
+)
 from tuwen_client.memory import Lease
 from tuwen_client.options import (
     ClientOptions,
@@ -48,25 +56,7 @@ now = time.monotonic
 
 
 class Core:
-    """A client's options, its servers, and the identity of the model it began with. Threads may share it.
-
-    Args:
-        url: host:port of a server's gRPC endpoint, or several: "a:8001,b:8001" or a list. Items go round those that
-            answer; one that does not is left alone for a while and tried again.
-        model: name the model is served under, as `tiny_rn`; by default the only one there is.
-        timeout_s: deadline of each item, from when it is sent; waiting in the server and retries included.
-        max_in_flight: most items under way at a time, in each call.
-        retry: what is done when a server is gone or full; see `RetryPolicy`.
-        priority: "interactive" items leave the server's queues before "bulk" ones.
-        tls: encrypt, with these files; see `Tls`.
-        token: the server's admin token, which shared memory needs; default: TUWEN_ADMIN_TOKEN.
-        headers: sent with every request, for a proxy: {"authorization": "Bearer ..."}.
-        compression: "gzip" for requests that cross a slow network.
-        shared_memory: pictures reach a server on this host through /dev/shm. Where that does not work they go in
-            their messages, after one warning.
-    Raises:
-        InvalidInput: an option cannot work, or a file of tls cannot be read.
-    """
+    """A client's options, its servers, and the identity of the model it began with. Threads may share it."""
 
     def __init__(
         self,
@@ -83,6 +73,25 @@ class Core:
         compression: Compression | None = None,
         shared_memory: bool = False,
     ) -> None:
+        """Nothing is sent before it is needed.
+
+        Args:
+            url: host:port of a server's gRPC endpoint, or several: "a:8001,b:8001" or a list. Items go round those that
+                answer; one that does not is left alone for a while and tried again.
+            model: name the model is served under, as `tiny_rn`; by default the only one there is.
+            timeout_s: deadline of each item, from when it is sent; waiting in the server and retries included.
+            max_in_flight: most items under way at a time, in each call.
+            retry: what is done when a server is gone or full; see `RetryPolicy`.
+            priority: "interactive" items leave the server's queues before "bulk" ones.
+            tls: encrypt, with these files; see `Tls`.
+            token: the server's admin token, which shared memory needs; default: TUWEN_ADMIN_TOKEN.
+            headers: sent with every request, for a proxy: {"authorization": "Bearer ..."}.
+            compression: "gzip" for requests that cross a slow network.
+            shared_memory: pictures reach a server on this host through /dev/shm. Where that does not work they go in
+                their messages, after one warning.
+        Raises:
+            InvalidInput: an option cannot work, or a file of tls cannot be read.
+        """
         urls = split_urls(url)
         self.url, self.timeout_s, self.max_in_flight = ",".join(urls), timeout_s, max_in_flight
         self._options = ClientOptions(
@@ -148,11 +157,18 @@ class Core:
         first = self._endpoints.choose(now())
         return [first, *(one for one in self._endpoints.all if one is not first)]
 
-    def _ready_questions(self, model: str) -> list[tuple[str, Any]]:
-        asked = [("ServerReady", service_pb2.ServerReadyRequest())]
-        return asked + [
-            ("ModelReady", service_pb2.ModelReadyRequest(name=f"{model}_{job.model_suffix}")) for job in (TEXT, IMAGE)
-        ]
+    def _health_questions(self, model: str) -> list[tuple[str, Any]]:
+        sides = [service_pb2.ModelReadyRequest(name=f"{model}_{job.model_suffix}") for job in (TEXT, IMAGE)]
+        return [("ServerReady", service_pb2.ServerReadyRequest()), *(("ModelReady", side) for side in sides)]
+
+    def _note(self, endpoint: Endpoint, error: TuwenError | None) -> None:
+        """What a question's end says of an endpoint's health; raises what another endpoint would say as well."""
+        if isinstance(error, (ServerUnavailable, DeadlineExceeded)):
+            self._endpoints.failed(endpoint, now())
+            return
+        self._endpoints.answered(endpoint)
+        if error is not None and not isinstance(error, ModelNotFound):
+            raise error
 
     def _only_model(self, served: Sequence[str]) -> str:
         if len(served) != 1:
@@ -244,11 +260,12 @@ class Flight(Generic[Answer]):
             lease.span if lease else None,
         )
         try:
-            self._core._check_open()
             sent.future = server.infer(request, attempt.timeout_s, self._headers)
-        except (TuwenError, ValueError):  # ValueError: closed between the check and the call
+        except ValueError:  # gRPC's, for a closed channel, and for headers that cannot be sent
             if lease:
                 lease.end(was_read=True)
+            if not self._core._is_closed:
+                raise
             self.window.settle(attempt, closed_error(self._core.url), now())
             return
         self._under_way.add(sent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ Compression = Literal["gzip"]
 
 # Triton's numbers: a request of level 1 leaves a queue before every one of level 2.
 _PRIORITY_LEVELS = {"interactive": 1, "bulk": 2}
+
+_HEADER_NAME = re.compile(r"[a-z0-9_.-]+")
 
 TOKEN_VARIABLE = "TUWEN_ADMIN_TOKEN"  # noqa: S105, a name
 
@@ -133,13 +136,30 @@ def split_urls(url: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def header_pairs(headers: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
-    """gRPC metadata, which wants lower case."""
-    return tuple((name.lower(), value) for name, value in (headers or {}).items())
+    """gRPC metadata, which wants lower case.
+
+    Raises:
+        InvalidInput: a header has characters that none may have.
+    """
+    pairs = tuple((name.lower(), value) for name, value in (headers or {}).items())
+    for name, value in pairs:
+        if not _HEADER_NAME.fullmatch(name) or not (value.isascii() and value.isprintable()):
+            raise InvalidInput(
+                f"header {name!r}: expected a name of letters, digits and -_. and a value of plain ASCII"
+            )
+    return pairs
 
 
 def default_token(token: str | None) -> str | None:
-    """The token given, else the one in the environment."""
-    return token if token is not None else os.environ.get(TOKEN_VARIABLE)
+    """The token given, else the one in the environment.
+
+    Raises:
+        InvalidInput: it is no token; the sentence does not show it.
+    """
+    found = token if token is not None else os.environ.get(TOKEN_VARIABLE, "").strip()
+    if not (found.isascii() and found.isprintable()):
+        raise InvalidInput("token: expected plain ASCII")
+    return found or None
 
 
 def _read(path: Path | str | None) -> bytes | None:
