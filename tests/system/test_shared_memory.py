@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from tuwen_client import AsyncClient, Client, DeadlineExceeded, TuwenError, transport
 from tuwen_client.memory import REGION_BYTES, SHM_DIR, Region, SharedPictures
 
+from tests.client.test_memory import more_than_there_is
 from tests.system.conftest import some_ports
 from tuwen.data.pairs import PairSet
 from tuwen.serving.server import EmbeddedServer
@@ -38,6 +40,14 @@ def left_behind() -> list[str]:
     return [path.name for path in SHM_DIR.glob("tuwen_client_*")]
 
 
+def await_idle(region: Region) -> None:
+    """What was under way when a caller stopped is answered soon."""
+    deadline = time.monotonic() + 10
+    while not region.is_idle:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def mapped_by(pid: int | None) -> int:
     """Regions of clients in the memory of a process."""
     return Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").count("/dev/shm/tuwen_client_")
@@ -54,8 +64,7 @@ def test_rows_are_equal_and_nothing_is_left(sample_server: EmbeddedServer, clien
         assert np.allclose(near.embed_images(files), expected, atol=TOLERANCE)
         assert near.embed_text(["猫"]).shape == (1, near.embed_dim)
         assert left_behind() == []
-        while not region_of(near).is_idle:
-            pass
+        await_idle(region_of(near))
     assert mapped_by(sample_server.pid) == 0
 
     async def run() -> None:
@@ -104,9 +113,11 @@ def test_full_shared_memory_loses_no_item(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The system refuses a region of a petabyte as it refuses one of a megabyte when /dev/shm is full."""
+    """The system refuses more than it has as it refuses a megabyte when /dev/shm is full."""
     monkeypatch.setattr(
-        transport, "SharedPictures", lambda register, unregister: SharedPictures(register, unregister, 1 << 50)
+        transport,
+        "SharedPictures",
+        lambda register, unregister: SharedPictures(register, unregister, more_than_there_is()),
     )
     with (
         caplog.at_level(logging.WARNING),

@@ -225,7 +225,9 @@ class SharedPictures:
         if region is None:
             return
         # Triton 2.51 unmaps at once what a request under way may still read, and would die of it.
-        if region.is_idle:
+        if not region.is_idle:
+            log.info("the server keeps %d bytes of shared memory, which it may still read", region.size_bytes)
+        else:
             try:
                 self._unregister(region)
             except TuwenError as error:

@@ -144,9 +144,7 @@ def header_pairs(headers: Mapping[str, str] | None) -> tuple[tuple[str, str], ..
     pairs = tuple((name.lower(), value) for name, value in (headers or {}).items())
     for name, value in pairs:
         if not _HEADER_NAME.fullmatch(name) or not (value.isascii() and value.isprintable()):
-            raise InvalidInput(
-                f"header {name!r}: expected a name of letters, digits and -_. and a value of plain ASCII"
-            )
+            raise InvalidInput(f"header {name!r}: expected letters, digits and -_. and a value of plain ASCII")
     return pairs
 
 
