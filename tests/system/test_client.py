@@ -179,6 +179,19 @@ def test_threads_share_a_client(client: Client, texts: list[str]) -> None:
     assert all(np.allclose(part, expected[start::8], atol=TOLERANCE) for start, part in enumerate(parts))
 
 
+def test_event_loops_share_an_async_client(client: Client, texts: list[str]) -> None:
+    expected = client.embed_text(texts)
+    twin = AsyncClient(client.url)
+
+    async def embed(start: int) -> np.ndarray:
+        return await twin.embed_text(slowly(texts[start::4]))
+
+    with ThreadPoolExecutor(4) as pool:
+        parts = list(pool.map(lambda start: asyncio.run(embed(start)), range(4)))
+    asyncio.run(twin.close())
+    assert all(np.allclose(part, expected[start::4], atol=TOLERANCE) for start, part in enumerate(parts))
+
+
 def test_gzip_and_headers_change_no_row(client: Client, texts: list[str]) -> None:
     with Client(client.url, compression="gzip", headers={"Authorization": "Bearer x"}) as zipped:
         assert np.allclose(zipped.embed_text(texts[:50]), client.embed_text(texts[:50]), atol=TOLERANCE)
