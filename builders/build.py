@@ -39,6 +39,7 @@ class BuildResult:
     name: str
     version: int
     fingerprint: int
+    resolution: int
     parity: dict[TowerKind, Parity]
     repository: Path
     precision: Precision = "fp32"
@@ -94,7 +95,9 @@ def build(
         for kind in TOWERS:
             _place(staging / kind, repository / f"{name}_{kind}_tower" / str(model_version))
             (repository / f"{name}_{kind}" / str(model_version)).mkdir(exist_ok=True)
-    return BuildResult(name, model_version, fingerprint, parity, repository, precision, int8_cost)
+    return BuildResult(
+        name, model_version, fingerprint, model.spec.vision.resolution, parity, repository, precision, int8_cost
+    )
 
 
 def _build_tower(

@@ -26,6 +26,7 @@ from tuwen_client import Client
 
 from builders.build import build
 from builders.quantize import quantize_tower
+from builders.repository import rendered_files, write_rendered
 from perf.published import import_cn_clip, published_transform, published_twin
 from perf.rounds import alternate, machine, median_ratio, medians, milliseconds_of, rate_of, write_json
 from perf.stages import Stage, measure_stages, read_statistics
@@ -62,9 +63,8 @@ class Bench:
         return self.repository / f"{name}_{kind}_tower" / "1" / "model.onnx"
 
 
-@contextmanager
-def open_bench(work_dir: Path = BENCH_DIR) -> Iterator[Bench]:
-    """A server with both precisions; what it serves is built at the first call."""
+def bench_repository(work_dir: Path = BENCH_DIR) -> Path:
+    """Both precisions of a model with random weights; built at the first call."""
     checkpoint, repository = work_dir / "checkpoint", work_dir / "repository"
     if not checkpoint.exists():
         torch.manual_seed(0)
@@ -73,12 +73,26 @@ def open_bench(work_dir: Path = BENCH_DIR) -> Iterator[Bench]:
         if not (repository / f"{name}_image" / "1").exists():
             print(f"building {name}", flush=True)
             build(checkpoint, name, repository)
+        # Configs may have changed since the towers were built.
+        write_rendered(rendered_files(SPECS[ARCHITECTURE], name), repository, overwrite=True)
     for kind in ("text", "image"):
         _replace_by_int8(repository / f"{INT8}_{kind}_tower" / "1")
+    return repository
+
+
+@contextmanager
+def open_bench(work_dir: Path = BENCH_DIR) -> Iterator[Bench]:
+    """A server with both precisions, and no cache of answers."""
+    repository = bench_repository(work_dir)
     grpc_port, http_port, metrics_port = free_ports(3)
-    server = EmbeddedServer(repository, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
-    with server:
-        yield Bench(checkpoint, repository, server)
+    with EmbeddedServer(
+        repository,
+        grpc_port=grpc_port,
+        http_port=http_port,
+        metrics_port=metrics_port,
+        cache_size_bytes=0,  # every round sends the same texts
+    ) as server:
+        yield Bench(work_dir / "checkpoint", repository, server)
 
 
 def _replace_by_int8(version_dir: Path) -> None:

@@ -119,7 +119,8 @@ def test_every_queue_is_bounded() -> None:
     for config in parsed(VIT_B_16, "vit_b_16").values():
         if config.platform != "ensemble":
             policies = config.dynamic_batching.priority_queue_policy
-            assert [policies[level].max_queue_size for level in (1, 2)] == [64, 256]
+            assert [policies[level].max_queue_size for level in (1, 2)] == [64, 128]
+            assert [policies[level].default_timeout_microseconds for level in (1, 2)] == [5_000_000, 25_000_000]
             assert config.dynamic_batching.default_priority_level == 2
 
 

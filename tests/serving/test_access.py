@@ -65,9 +65,10 @@ def test_a_token_comes_from_a_file_of_its_owner_or_the_environment(
         read_token(tmp_path / "absent")
 
 
-@pytest.mark.parametrize(
-    "token", ["short", "with space and more", "colon:equals=comma,", "令牌令牌令牌令牌令牌令牌令牌"]
-)
+BAD_TOKENS = ["short", "with space and more", "colon:equals=comma,", "令牌" * 8]
+
+
+@pytest.mark.parametrize("token", BAD_TOKENS)
 def test_a_token_that_would_not_survive_a_header_is_refused_unseen(token: str) -> None:
     with pytest.raises(InvalidInput, match="at least 16") as raised:
         check_token(token, "somewhere")

@@ -69,6 +69,19 @@ def test_entries_reach_the_session_and_the_run(backend: Any) -> None:
     assert run_options.get_run_config_entry(shrink) == "cpu:0"
 
 
+def test_waiting_threads_do_not_spin_unless_asked_to(backend: Any) -> None:
+    spinning = "session.intra_op.allow_spinning"
+    options, _ = backend._read_options(config())
+    assert options.get_session_config_entry(spinning) == "0"
+    options, _ = backend._read_options(config(session__intra_op__allow_spinning="1"))
+    assert options.get_session_config_entry(spinning) == "1"
+
+
+def test_a_client_hears_of_no_path(backend: Any) -> None:
+    said = "Non-zero status code, /onnxruntime_src/core/x.cc:81 failed: 'C:/models/a.onnx' (a/b.onnx) idx=99"
+    assert backend._PATH.sub("…", said) == "Non-zero status code, … failed: '…' (…) idx=99"
+
+
 def test_an_unknown_option_is_a_warning(backend: Any) -> None:
     backend._read_options(config(colour="blue", gpu_mem_limit="1"))
     assert [warning.split()[2] for warning in backend.pb_utils.warnings] == ["colour", "gpu_mem_limit"]

@@ -107,7 +107,7 @@ def test_other_weights_under_a_running_client_are_noticed(tmp_path: Path) -> Non
         result = build(tmp_path / "two", repository=repository, model_version=2)
         with triton.InferenceServerClient(server.endpoints.grpc) as raw:
             for side in ("text", "image"):
-                raw.load_model(f"small_vit_{side}_tower", headers={GRPC_TOKEN_HEADER: server.admin_token})
+                raw.load_model(f"small_vit_{side}", headers={GRPC_TOKEN_HEADER: server.admin_token})
         with pytest.raises(ModelChanged, match=str(first)):
             client.embed_text(["猫"])
         with Client(server.endpoints.grpc) as newcomer:

@@ -73,20 +73,24 @@ def build(
     ] = None,
     model_version: Annotated[int, typer.Option("--version", help="Version folder; new weights go beside the old.")] = 1,
     precision: Annotated[Precision, typer.Option("--precision", help="int8 is faster, and checked.")] = Precision.fp32,
+    tune: Annotated[bool, typer.Option("--tune", help="Measure what suits this machine.")] = False,
     repository: Repository = DEFAULT_REPOSITORY,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint to ONNX, check it against PyTorch, and place it in the model repository."""
     from builders.build import build as run_build
+    from builders.tune import tune as run_tune
 
     with stderr.status("building") as status:
         result = run_build(checkpoint, name, repository, model_version, status.update, precision.value)
+        tuned = run_tune(repository, result.name, result.version, result.resolution, status.update) if tune else []
     if as_json:
         parity = {kind: vars(measured) for kind, measured in result.parity.items()}
         print(
             json.dumps(
                 {"name": result.name, "fingerprint": result.fingerprint, "parity_with_pytorch": parity}
                 | ({"int8_against_fp32": vars(result.int8_cost)} if result.int8_cost else {})
+                | ({"tuned": [str(path) for path in tuned]} if tuned else {})
             )
         )
         return
@@ -102,6 +106,8 @@ def build(
             f"{cost.recall_at_10:.1%}, float32 {cost.recall_at_10_fp32:.1%}",
             soft_wrap=True,
         )
+    for path in tuned:
+        stdout.print(f"{path}: what suits this machine, and what was measured", soft_wrap=True)
     stdout.print(f"fingerprint {result.fingerprint}; now run: tuwen serve")
 
 

@@ -31,6 +31,9 @@ def serve(
         Path | None, typer.Option("--admin-token-file", help="Opens model control; else $TUWEN_ADMIN_TOKEN.")
     ] = None,
     cache_mib: Annotated[int, typer.Option("--cache-mib", min=0, help="Cache of text answers; 0: none.")] = 64,
+    config_name: Annotated[
+        str, typer.Option("--config-name", help="Load configs/NAME.pbtxt where a model has one.")
+    ] = "tuned",
     restart: Annotated[bool, typer.Option("--restart/--no-restart", help="Replace what dies or hangs.")] = True,
     log_file: Annotated[Path | None, typer.Option("--log-file", help="Keep Triton's log here.")] = None,
 ) -> None:
@@ -50,6 +53,7 @@ def serve(
             http_port=http_port,
             metrics_port=metrics_port,
             log_path=log_file,
+            model_config_name=config_name,
             cache_size_bytes=cache_mib << 20,
             tls=tls,
             admin_token=token,

@@ -31,6 +31,8 @@ MAX_TEXTS = 4096
 # Of one request, at a time: the towers' queues hold 256, and others want their place in them.
 _MAX_IN_FLIGHT = 64
 _ANY_RESOLUTION = 32  # whether a picture can be read does not depend on it
+# What Triton 2.51 says of a part that died, is being loaded, or stops.
+_RESTARTING = re.compile(r"is not healthy|is not ready|no available versions|Server is stopping|Server not ready")
 _WRAPPING = re.compile(r"^(?:in ensemble '[^']*', )?(?:\[request id: [^\]]*\] )?")
 
 
@@ -118,6 +120,9 @@ def _typed(side: str, index: int, array: npt.NDArray[Any], message: str) -> Exce
     sentence = _WRAPPING.sub("", message)
     if "Exceeds maximum queue size" in message:
         return CallFailed(sentence, pb_utils.TritonError.UNAVAILABLE)
+    if _RESTARTING.search(message):
+        again = f"{side}: a part of the server is being replaced; send it again"
+        return CallFailed(again, pb_utils.TritonError.UNAVAILABLE)
     try:
         check_text(array.item()) if side == "text" else preprocess_image(array.tobytes(), _ANY_RESOLUTION)
     except InvalidInput as error:

@@ -32,4 +32,10 @@ class TritonPythonModel:
         except InvalidInput as error:
             refused = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
             return pb_utils.InferenceResponse(error=refused)
+        except Exception as error:  # a bug, or no memory: what it says is for the log, and this request fails alone
+            pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
+            failed = pb_utils.TritonError(
+                "the server made a mistake; its log says which", pb_utils.TritonError.INTERNAL
+            )
+            return pb_utils.InferenceResponse(error=failed)
         return pb_utils.InferenceResponse([pb_utils.Tensor("pixel_values", pixel_values)])

@@ -5,6 +5,7 @@ lacks, and reads the same config.pbtxt; `tuwen serve` copies it into the server'
 """
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,8 @@ _GRAPH_LEVELS = {
     1: ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     2: ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
 }
+# ONNX Runtime tells where in its own source, or in which file, something failed; that is for the log.
+_PATH = re.compile(r"[^\s'\"(]*/[^\s'\")]*")
 _BOOLS = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
 _MODES = {"0": ort.ExecutionMode.ORT_SEQUENTIAL, "1": ort.ExecutionMode.ORT_PARALLEL}
 _SAME_NAME_TYPES = ("bool", "string", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
@@ -34,6 +37,8 @@ _TRITON_TYPES = {
     **{f"tensor({name})": f"TYPE_{name.upper()}" for name in _SAME_NAME_TYPES},
 }
 
+
+_SPINNING = "session.intra_op.allow_spinning"  # ONNX Runtime's own name; the C++ backend does not read it
 
 # Sizes of the batch's requests -> the tensor. Source: triton docs, "Ragged Batching"; the C++ backend makes the same.
 _BATCH_INPUTS: dict[str, Callable[[list[int]], Any]] = {
@@ -126,7 +131,9 @@ class TritonPythonModel:
                 return [response for each in feeds for response in self._run([each], output_names)]
             is_invalid = isinstance(error, InvalidArgument)
             code = pb_utils.TritonError.INVALID_ARG if is_invalid else pb_utils.TritonError.INTERNAL
-            return [_error_response(str(error), code)]
+            if not is_invalid:
+                pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
+            return [_error_response(_PATH.sub("…", str(error)), code)]
         if len(feeds) == 1:
             return [_response(output_names, outputs)]
         ends = np.cumsum(lengths)[:-1]
@@ -155,6 +162,8 @@ def _error_response(message: str, code: int) -> Any:
 def _read_options(config: dict[str, Any]) -> tuple[ort.SessionOptions, ort.RunOptions]:
     """The session's and each run's options from `optimization` and `parameters`."""
     options, run_options = ort.SessionOptions(), ort.RunOptions()
+    # A thread that waits for the others by spinning takes a core from the very processes it waits for.
+    options.add_session_config_entry(_SPINNING, "0")
     level = int(config.get("optimization", {}).get("graph", {}).get("level", 0))
     options.graph_optimization_level = _choose("optimization.graph.level", level, _GRAPH_LEVELS)
     # source: triton onnxruntime_backend README, "Model Config Options"
@@ -165,6 +174,8 @@ def _read_options(config: dict[str, Any]) -> tuple[ort.SessionOptions, ort.RunOp
         "enable_mem_arena": lambda key, text: setattr(options, "enable_cpu_mem_arena", _choose(key, text, _BOOLS)),
         "enable_mem_pattern": lambda key, text: setattr(options, "enable_mem_pattern", _choose(key, text, _BOOLS)),
         "session.use_device_allocator_for_initializers": options.add_session_config_entry,
+        "spin": lambda k, x: options.add_session_config_entry("session.intra_op.allow_spinning", x),
+        "dyn": lambda k, x: options.add_session_config_entry("session.dynamic_block_base", x),
         "memory.enable_memory_arena_shrinkage": run_options.add_run_config_entry,
     }
     for key, value in config.get("parameters", {}).items():

@@ -1,0 +1,238 @@
+"""What happens when three times as many texts arrive as can be answered? Poisson arrivals for a minute.
+
+    make bench-overload                     # ViT-B-16, random weights, float32
+
+First the capacity is measured (closed loop), and the latency of a lone request; then the burst, every text known and
+its right answer too; then how soon a lone request is as fast as before. Exits 1 where a bound is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+from tritonclient.grpc import service_pb2_grpc
+from tuwen_client.codec import bytes_tensor, infer_request, read_outputs
+from tuwen_client.errors import from_status
+
+from builders.configs import MAX_BATCH_SIZE, MAX_QUEUE_SIZE
+from perf.processes import rss_mib
+from perf.rounds import machine, write_json
+from perf.serving import BENCH_DIR, FP32, Bench, open_bench
+from perf.workload import muge_like_texts
+
+OVERLOAD = 3.0
+BURST_S = 60.0
+NUM_TEXTS = 200
+MIN_GOODPUT = 0.90
+MAX_REFUSAL_MS = 50.0
+MAX_RECOVERY_S = 2.0
+# An answer waits for the full queues of both priorities and two batches under way, at the measured capacity; what the
+# other processes take from the tower meanwhile is the margin.
+LATENCY_MARGIN = 1.5
+MAX_GROWTH = 0.05  # of memory, from the first to the last fifth of the burst
+MIN_COSINE = 0.9999
+_TIMEOUT_S = 30.0
+_ALONE = 30
+
+
+@dataclass
+class Sent:
+    """One request: when it went out and came back, and what it brought."""
+
+    text: int
+    sent_at: float
+    ended_at: float = 0.0
+    outcome: str = "lost"
+    endings: int = 0
+    cosine: float = 1.0
+
+    @property
+    def ms(self) -> float:
+        return (self.ended_at - self.sent_at) * 1000
+
+
+@dataclass
+class Sender:
+    """Sends single texts without waiting, and judges each answer against the right row."""
+
+    bench: Bench
+    texts: list[str]
+    rows: npt.NDArray[np.float32]
+    ended: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+
+    def __post_init__(self) -> None:
+        self._channel = grpc.insecure_channel(self.bench.server.endpoints.grpc)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._requests = [
+            infer_request(
+                f"{FP32}_text", [bytes_tensor("text", [text.encode()], (1, 1))], ["text_embeds"], 2, _TIMEOUT_S
+            )
+            for text in self.texts
+        ]
+
+    def send(self, text: int) -> Sent:
+        sent = Sent(text, time.perf_counter())
+        future = self._stub.ModelInfer.future(self._requests[text], timeout=_TIMEOUT_S)
+        future.add_done_callback(lambda ended: self._take(sent, ended))
+        return sent
+
+    def send_and_wait(self, text: int) -> Sent:
+        sent = self.send(text)
+        while not sent.endings:
+            self.ended.acquire(timeout=_TIMEOUT_S)
+        return sent
+
+    def _take(self, sent: Sent, ended: Any) -> None:
+        sent.ended_at = time.perf_counter()
+        if ended.code() is grpc.StatusCode.OK:
+            row = read_outputs(ended.result())["text_embeds"][0]
+            sent.cosine = float(row @ self.rows[sent.text])
+            sent.outcome = "answered"
+        else:
+            sent.outcome = type(from_status(ended.code().name, ended.details())).__name__
+        sent.endings += 1
+        self.ended.release()
+
+
+def measure_capacity(bench: Bench, texts: list[str]) -> float:
+    """Texts per second with 64 under way."""
+    with bench.client(FP32, max_in_flight=64) as client:
+        started = time.perf_counter()
+        client.embed_text(texts * 4)
+        return 4 * len(texts) / (time.perf_counter() - started)
+
+
+def burst(sender: Sender, rate: float, seconds: float) -> tuple[list[Sent], list[float]]:
+    """Poisson arrivals at `rate` per second; returns the requests, all ended, and memory in MiB once a second."""
+    random = np.random.default_rng(0)
+    gaps = random.exponential(1 / rate, int(rate * seconds))
+    chosen = random.integers(len(sender.texts), size=len(gaps))
+    memory: list[float] = []
+    over = threading.Event()
+
+    def sample() -> None:
+        while not over.wait(1.0):
+            memory.append(rss_mib(sender.bench.server.pid or 0))
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    requests, due = [], time.perf_counter()
+    for gap, text in zip(gaps, chosen, strict=True):
+        due += gap
+        if (wait_s := due - time.perf_counter()) > 0:
+            time.sleep(wait_s)
+        requests.append(sender.send(int(text)))
+    over.set()
+    sampler.join()
+    return requests, memory
+
+
+def recover(sender: Sender, normal_ms: float) -> float:
+    """Seconds until a lone request takes no longer than twice what is normal, three times in a row."""
+    started, good = time.perf_counter(), 0
+    began = started
+    while good < 3:
+        sent = sender.send_and_wait(0)
+        is_normal = sent.outcome == "answered" and sent.ms <= 2 * normal_ms
+        began = sent.sent_at if is_normal and not good else began
+        good = good + 1 if is_normal else 0
+    return began - started
+
+
+def measure(bench: Bench, seconds: float) -> dict[str, Any]:
+    texts = muge_like_texts(NUM_TEXTS, seed=2)
+    with bench.client(FP32) as client:
+        rows = client.embed_text(texts)
+    sender = Sender(bench, texts, rows)
+    normal_ms = statistics.median(sender.send_and_wait(n).ms for n in range(_ALONE))
+    capacity = measure_capacity(bench, texts)
+    started = time.perf_counter()
+    requests, memory = burst(sender, OVERLOAD * capacity, seconds)
+    burst_s = time.perf_counter() - started
+    recovery_s = recover(sender, normal_ms)
+    deadline = time.perf_counter() + _TIMEOUT_S
+    while any(not each.endings for each in requests) and time.perf_counter() < deadline:
+        time.sleep(0.1)
+    time.sleep(1.0)  # a second ending of any of them would have come by now
+    capacity_after = measure_capacity(bench, texts)
+    return _judge(requests, memory, burst_s, started, normal_ms, recovery_s, (capacity, capacity_after))
+
+
+def _judge(
+    requests: list[Sent],
+    memory: list[float],
+    burst_s: float,
+    started: float,
+    normal_ms: float,
+    recovery_s: float,
+    capacities: tuple[float, float],
+) -> dict[str, Any]:
+    answered = [each for each in requests if each.outcome == "answered"]
+    refused = [each for each in requests if each.outcome == "Overloaded"]
+    in_time = [each for each in answered if each.ended_at <= started + burst_s]
+    capacity = statistics.mean(capacities)
+    bound_ms = LATENCY_MARGIN * 1000 * (sum(MAX_QUEUE_SIZE.values()) + 2 * MAX_BATCH_SIZE) / capacity
+    fifth = max(1, len(memory) // 5)
+    growth = statistics.median(memory[-fifth:]) / statistics.median(memory[:fifth]) - 1
+    p99_ms = float(np.percentile([each.ms for each in answered], 99))
+    refusal_ms = [each.ms for each in refused]
+    bounds = {
+        "goodput": len(in_time) / burst_s >= MIN_GOODPUT * capacity,
+        "p99 of answers": p99_ms <= bound_ms,
+        "every other is refused as Overloaded": len(answered) + len(refused) == len(requests),
+        "refusals are quick": max(refusal_ms, default=0.0) < MAX_REFUSAL_MS,
+        "each ended once": all(each.endings == 1 for each in requests),
+        "answers are right": min(each.cosine for each in answered) >= MIN_COSINE,
+        "memory is flat": growth <= MAX_GROWTH,
+        "normal again": recovery_s <= MAX_RECOVERY_S,
+    }
+    return {
+        "capacity_before_after": capacities,
+        "arrivals_per_s": len(requests) / burst_s,
+        "outcomes": dict(Counter(each.outcome for each in requests)),
+        "goodput_per_s": len(in_time) / burst_s,
+        "goodput_of_capacity": len(in_time) / burst_s / capacity,
+        "normal_ms": normal_ms,
+        "answer_ms": _quantiles([each.ms for each in answered]),
+        "p99_bound_ms": bound_ms,
+        "refusal_ms": _quantiles(refusal_ms),
+        "memory_mib": [memory[0], statistics.median(memory), memory[-1]],
+        "recovery_s": recovery_s,
+        "bounds": bounds,
+    }
+
+
+def _quantiles(values: list[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    p50, p99, p999 = np.percentile(values, [50, 99, 99.9])
+    return {"p50": float(p50), "p99": float(p99), "p99.9": float(p999), "max": max(values)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=BURST_S)
+    parser.add_argument("--out", type=Path, default=BENCH_DIR / "overload.json")
+    options = parser.parse_args()
+    with open_bench() as bench:
+        found = measure(bench, options.seconds)
+    for key, value in found.items():
+        print(f"{key:24s} {value}")
+    write_json(options.out, {"machine": machine(), "at": time.strftime("%Y-%m-%d"), **found})
+    print(options.out)
+    if missed := [name for name, held in found["bounds"].items() if not held]:
+        raise SystemExit(f"missed: {', '.join(missed)}")
+
+
+if __name__ == "__main__":
+    main()
