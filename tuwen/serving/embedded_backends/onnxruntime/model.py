@@ -174,8 +174,7 @@ def _read_options(config: dict[str, Any]) -> tuple[ort.SessionOptions, ort.RunOp
         "enable_mem_arena": lambda key, text: setattr(options, "enable_cpu_mem_arena", _choose(key, text, _BOOLS)),
         "enable_mem_pattern": lambda key, text: setattr(options, "enable_mem_pattern", _choose(key, text, _BOOLS)),
         "session.use_device_allocator_for_initializers": options.add_session_config_entry,
-        "spin": lambda k, x: options.add_session_config_entry("session.intra_op.allow_spinning", x),
-        "dyn": lambda k, x: options.add_session_config_entry("session.dynamic_block_base", x),
+        _SPINNING: options.add_session_config_entry,
         "memory.enable_memory_arena_shrinkage": run_options.add_run_config_entry,
     }
     for key, value in config.get("parameters", {}).items():
