@@ -32,6 +32,18 @@ from tuwen_client.errors import from_status
             ServerUnavailable,
             "Server is stopping",
         ),
+        (
+            "UNAVAILABLE",
+            "text: a part of the server is being replaced; send it again",
+            ServerUnavailable,
+            "text: a part",
+        ),
+        (
+            "NOT_FOUND",
+            "Request for unknown model: 'a_text' has no available versions",
+            ServerUnavailable,
+            "Request for",
+        ),
         ("UNAVAILABLE", "This protocol is restricted, expecting header 'x'", TuwenError, "restricted"),
         ("INTERNAL", "the server made a mistake", TuwenError, "a mistake"),
     ],
@@ -40,6 +52,7 @@ def test_a_status_becomes_its_error(status: str, message: str, kind: type[TuwenE
     error = from_status(status, message)
     assert type(error) is kind
     assert shown in str(error)
+    assert str(error).startswith("no server answers") == message.startswith("failed to connect")
 
 
 def test_an_error_says_which_item_and_which_are_done() -> None:

@@ -97,7 +97,10 @@ _BY_SENTENCE: tuple[tuple[str, type[TuwenError]], ...] = (
     ("is not healthy", ServerUnavailable),
     ("Server is stopping", ServerUnavailable),
     ("stopped accepting new inference requests", ServerUnavailable),
-    ("has no available versions", ServerUnavailable),
+    ("no available versions", ServerUnavailable),
+    ("is not ready", ServerUnavailable),
+    ("Server not ready", ServerUnavailable),
+    ("; send it again", ServerUnavailable),
     ("This protocol is restricted", TuwenError),
 )
 
