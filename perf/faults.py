@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -298,7 +299,7 @@ def measure(supervisor: Supervisor) -> dict[str, Any]:
     asks = make_asks(url)
     instances = [name for name in sorted(_model_processes(supervisor.server)) if name.endswith("_0")]
     faults: dict[str, Callable[[], None]] = {
-        **{f"SIGKILL {name}": lambda name=name: kill_model(supervisor.server, name) for name in instances},
+        **{f"SIGKILL {name}": partial(kill_model, supervisor.server, name) for name in instances},
         f"SIGSTOP for {PAUSE_S:g} s": lambda: pause_server(supervisor.server),
         "SIGKILL tritonserver": lambda: kill_server(supervisor.server),
         **({f"/dev/shm full for {PAUSE_S:g} s": fill_shared_memory} if os.environ.get(_INSIDE) else {}),

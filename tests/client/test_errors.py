@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tritonclient.utils import InferenceServerException
 from tuwen_client import (
-    Client,
     DeadlineExceeded,
     InvalidInput,
     ModelNotFound,
@@ -13,7 +11,7 @@ from tuwen_client import (
     ServerUnavailable,
     TuwenError,
 )
-from tuwen_client.errors import from_triton
+from tuwen_client.errors import from_status
 
 
 @pytest.mark.parametrize(
@@ -26,13 +24,35 @@ from tuwen_client.errors import from_triton
         ("RESOURCE_EXHAUSTED", "too much", Overloaded, "too much"),
         ("DEADLINE_EXCEEDED", "Deadline Exceeded", DeadlineExceeded, "did not answer in time"),
         ("NOT_FOUND", "unknown model", ModelNotFound, "unknown model"),
-        ("INTERNAL", "stub process is not healthy", TuwenError, "stub process is not healthy"),
+        ("UNAVAILABLE", "Request timeout expired", Overloaded, "Request timeout expired"),
+        ("INTERNAL", "Stub process 'tokenize_text_0_0' is not healthy.", ServerUnavailable, "Stub process"),
+        (
+            "INTERNAL",
+            "in ensemble 'a', Server is stopping, scheduler for model has stopped accepting new inference requests",
+            ServerUnavailable,
+            "Server is stopping",
+        ),
+        (
+            "UNAVAILABLE",
+            "text: a part of the server is being replaced; send it again",
+            ServerUnavailable,
+            "text: a part",
+        ),
+        (
+            "NOT_FOUND",
+            "Request for unknown model: 'a_text' has no available versions",
+            ServerUnavailable,
+            "Request for",
+        ),
+        ("UNAVAILABLE", "This protocol is restricted, expecting header 'x'", TuwenError, "restricted"),
+        ("INTERNAL", "the server made a mistake", TuwenError, "a mistake"),
     ],
 )
 def test_a_status_becomes_its_error(status: str, message: str, kind: type[TuwenError], shown: str) -> None:
-    error = from_triton(InferenceServerException(message, status=f"StatusCode.{status}"))
+    error = from_status(status, message)
     assert type(error) is kind
     assert shown in str(error)
+    assert str(error).startswith("no server answers") == message.startswith("failed to connect")
 
 
 def test_an_error_says_which_item_and_which_are_done() -> None:
@@ -40,9 +60,3 @@ def test_an_error_says_which_item_and_which_are_done() -> None:
     error.index, error.partial = 4, {2: None, 0: None}  # type: ignore[dict-item]
     assert str(error) == "item 4: text is empty"
     assert error.done == [0, 2]
-
-
-@pytest.mark.parametrize(("option", "value"), [("max_in_flight", 0), ("timeout_s", 0)])
-def test_an_option_that_cannot_work_is_refused(option: str, value: int) -> None:
-    with pytest.raises(InvalidInput, match=f"{option} is 0"):
-        Client(**{option: value})  # type: ignore[arg-type]

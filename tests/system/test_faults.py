@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -94,11 +95,12 @@ def test_a_server_that_hangs_meets_the_deadline(sample_repository: Path) -> None
 
 
 def test_other_weights_under_a_running_client_are_noticed(tmp_path: Path) -> None:
-    """A fine-tuned checkpoint becomes version 2; whoever holds vectors of version 1 is told."""
-    repository = tmp_path / "repository"
+    """A fine-tuned checkpoint becomes version 2; whoever holds vectors of version 1 is told, also by another server."""
+    repository, old_repository = tmp_path / "repository", tmp_path / "old_repository"
     model = random_model(SMALL_SPECS["vit"])
     save_checkpoint(model, tmp_path / "one")
     build(tmp_path / "one", repository=repository)
+    shutil.copytree(repository, old_repository)
     with some_ports().serve(repository) as server, Client(server.endpoints.grpc) as client:
         before = client.embed_text(["猫"])
         first = client.fingerprint
@@ -115,6 +117,10 @@ def test_other_weights_under_a_running_client_are_noticed(tmp_path: Path) -> Non
             assert newcomer.fingerprint == result.fingerprint
         assert result.fingerprint != first
         assert not np.allclose(before, after, atol=1e-3)
+        with some_ports().serve(old_repository) as older:
+            for url in ([server.endpoints.grpc, older.endpoints.grpc], [older.endpoints.grpc, server.endpoints.grpc]):
+                with Client(url) as both, pytest.raises(ModelChanged, match=str(first)):
+                    both.embed_text(["猫"] * 8)
 
 
 def test_the_embedded_server_serves_loopback_only(sample_server: EmbeddedServer) -> None:

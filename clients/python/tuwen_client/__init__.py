@@ -4,6 +4,8 @@ from tuwen_client import Client
 Client("localhost:8001").embed_text(["戴墨镜的笑脸"])
 """
 
+from tuwen_client.aio import AsyncClient
+from tuwen_client.answers import Classes, Scores
 from tuwen_client.client import Client
 from tuwen_client.errors import (
     DeadlineExceeded,
@@ -15,8 +17,11 @@ from tuwen_client.errors import (
     TuwenError,
 )
 from tuwen_client.images import ImageLike
+from tuwen_client.options import RetryPolicy, Tls
 
 __all__ = [
+    "AsyncClient",
+    "Classes",
     "Client",
     "DeadlineExceeded",
     "ImageLike",
@@ -24,7 +29,10 @@ __all__ = [
     "ModelChanged",
     "ModelNotFound",
     "Overloaded",
+    "RetryPolicy",
+    "Scores",
     "ServerUnavailable",
+    "Tls",
     "TuwenError",
 ]
 __version__ = "0.1.0"

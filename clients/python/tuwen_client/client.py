@@ -7,78 +7,47 @@ batcher makes the batches.
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from functools import partial
+import queue
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import numpy as np
-import numpy.typing as npt
-import tritonclient.grpc as triton
-from tritonclient.utils import InferenceServerException
+from tritonclient.grpc import service_pb2
 
-from tuwen_client.errors import DeadlineExceeded, InvalidInput, ModelChanged, ModelNotFound, TuwenError, from_triton
+from tuwen_client.answers import CHUNKS_IN_FLIGHT, Classes, Scores, blame_image, chunks, classes_job, join, scores_job
+from tuwen_client.calls import Call
+from tuwen_client.core import (
+    DEFAULT_MAX_IN_FLIGHT,
+    Asked,
+    Core,
+    Flight,
+    InvalidHook,
+    ProgressHook,
+    Sent,
+    TruncatedHook,
+    add_finished,
+    embed_dim_of,
+    missing_row,
+    names_of_pairs,
+    now,
+)
+from tuwen_client.endpoints import Endpoint
+from tuwen_client.errors import InvalidInput, ModelNotFound, TuwenError
 from tuwen_client.images import ImageLike
-from tuwen_client.sides import IMAGE, TEXT, Side, many_images, many_texts
+from tuwen_client.options import Priority
+from tuwen_client.sides import IMAGE, MEASURED_TEXT, TEXT, Embedded, Job, Row, many_images, many_texts
+from tuwen_client.tracing import client_span
+from tuwen_client.transport import response_of
 
-Row = npt.NDArray[np.float32]
-ProgressHook = Callable[[int], None]
-InvalidHook = Callable[[InvalidInput], None]
+__all__ = ["DEFAULT_MAX_IN_FLIGHT", "Client", "InvalidHook", "ProgressHook", "Row", "TruncatedHook"]
+
 Answer = TypeVar("Answer")
-
-# Two full batches of the server's 32: one computes while the next one queues. `python -m perf.client_window` measures.
-DEFAULT_MAX_IN_FLIGHT = 64
-
-_CHANNEL_ARGS = [
-    # A server that comes back is found again within 0.3 s, instead of gRPC's default back-off of up to two minutes.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 300),
-    # In spite of its name also the time that one attempt to connect may take: a far or busy server needs it.
-    ("grpc.min_reconnect_backoff_ms", 5000),
-    # A host that vanishes without a word is noticed after 20 s, measured; grpcio 1.85 heeds the ping's own timeout,
-    # not keepalive's, which older ones know alone. Triton 2.51 allows these pings: a silent call of 45 s survived.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.primary_user_agent", "tuwen-client"),
-]
+_END = object()
 
 
-class Client:
-    """Embeds Chinese text and images through a Tuwen server. Threads may share one.
-
-    Args:
-        url: host:port of the server's gRPC endpoint.
-        model: name the model is served under, as `tiny_rn`; by default the only one there is.
-        timeout_s: deadline of each item, from when it is sent.
-        max_in_flight: most items under way at a time, in each call.
-    """
-
-    def __init__(
-        self,
-        url: str = "localhost:8001",
-        model: str | None = None,
-        timeout_s: float = 30.0,
-        max_in_flight: int = DEFAULT_MAX_IN_FLIGHT,
-    ) -> None:
-        if max_in_flight < 1:
-            raise InvalidInput(f"max_in_flight is {max_in_flight}, expected at least 1")
-        if timeout_s <= 0:
-            raise InvalidInput(f"timeout_s is {timeout_s}, expected more than 0")
-        self.url, self.timeout_s, self.max_in_flight = url, timeout_s, max_in_flight
-        self._model = model
-        self._embed_dim: int | None = None
-        self._fingerprint: int | None = None
-        self._triton = triton.InferenceServerClient(url, channel_args=_CHANNEL_ARGS)
-        self._is_closed = False
-        # tritonclient keeps the call it is making in an attribute: two threads at once would swap their answers.
-        self._sending = threading.Lock()
+class Client(Core):
+    """Embeds Chinese text and images through a Tuwen server. Threads may share one."""
 
     def __enter__(self) -> Self:
         return self
@@ -89,19 +58,16 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connection; safe a second time."""
-        with self._sending:
-            self._is_closed = True
-            self._triton.close()
+        """Close the connections, and give back shared memory; safe a second time."""
+        self._close()
 
     # --- what is served -------------------------------------------------------------------------------------
 
     def is_ready(self) -> bool:
-        """Whether the server answers and serves both sides of the model."""
+        """Whether a server answers and serves both sides of the model."""
         try:
-            return bool(self._ask(self._triton.is_server_ready)) and all(
-                self._ask(self._triton.is_model_ready, f"{self.model}_{side.name}") for side in (TEXT, IMAGE)
-            )
+            questions = self._health_questions(self.model)
+            return any(self._is_healthy(endpoint, questions) for endpoint in self._in_turn())
         except TuwenError:
             return False
 
@@ -111,15 +77,8 @@ class Client:
         Raises:
             ServerUnavailable: no server answers.
         """
-        self._check_open()
-        try:
-            # The index of models would say the same, but belongs to a protocol that wants the admin token.
-            statistics = self._triton.get_inference_statistics(client_timeout=self.timeout_s)
-        except InferenceServerException as error:
-            raise from_triton(error) from error
-        ready = {entry.name for entry in statistics.model_stats}
-        names = (name.removesuffix("_text") for name in ready if name.endswith("_text"))
-        return sorted(name for name in names if f"{name}_image" in ready)
+        # The index of models would say the same, but belongs to a protocol that wants the admin token.
+        return names_of_pairs(self._ask("ModelStatistics", service_pb2.ModelStatisticsRequest()))
 
     @property
     def model(self) -> str:
@@ -128,21 +87,17 @@ class Client:
         Raises:
             ModelNotFound: none was named, and the server serves none or several.
         """
-        if self._model is None:
-            served = self.models()
-            if len(served) != 1:
-                listed = ", ".join(served) or "no model"
-                raise ModelNotFound(f"the server at {self.url} serves {listed}; name one with model=...")
-            self._model = served[0]
-        return self._model
+        return self._model or self._only_model(self.models())
 
     @property
     def embed_dim(self) -> int:
         """D, the length of an embedding."""
         if self._embed_dim is None:
-            metadata = self._ask(self._triton.get_model_metadata, f"{self.model}_text")
-            shapes = {output.name: output.shape for output in metadata.outputs}
-            self._embed_dim = int(shapes[TEXT.output][-1])
+            request = service_pb2.ModelMetadataRequest(name=f"{self.model}_text")
+            try:
+                self._embed_dim = embed_dim_of(self._ask("ModelMetadata", request))
+            except ModelNotFound as error:
+                raise self._with_served_models(error) from error
         return self._embed_dim
 
     @property
@@ -156,7 +111,14 @@ class Client:
     # --- embedding ------------------------------------------------------------------------------------------
 
     def embed_text(
-        self, texts: Iterable[str], on_progress: ProgressHook | None = None, on_invalid: InvalidHook | None = None
+        self,
+        texts: Iterable[str],
+        on_progress: ProgressHook | None = None,
+        on_invalid: InvalidHook | None = None,
+        *,
+        on_truncated: TruncatedHook | None = None,
+        timeout_s: float | None = None,
+        priority: Priority | None = None,
     ) -> Row:
         """text_embeds float32 (N, D), unit length, of N texts.
 
@@ -164,39 +126,128 @@ class Client:
             on_progress: called with the number of items finished, in order.
             on_invalid: called with the error of each item that is refused, whose row is then NaN; without it the
                 first one is raised.
+            on_truncated: called with the position of each text that was too long to be embedded whole.
+            timeout_s: deadline of each item; default: the client's.
+            priority: "interactive" or "bulk"; default: the client's.
         Raises:
             InvalidInput: a text is refused; `index` says which.
             ServerUnavailable, DeadlineExceeded, Overloaded, ModelNotFound, ModelChanged: see `errors`.
             Each carries what was finished: `done`, `partial`.
         """
-        return self._collect(self._rows(many_texts(texts), TEXT, on_invalid), on_progress)
+        asked = self._asked(timeout_s, priority)
+        return self._collect(self._text_rows("embed_text", texts, asked, on_invalid, on_truncated), on_progress)
 
     def embed_images(
         self,
         images: Iterable[ImageLike],
         on_progress: ProgressHook | None = None,
         on_invalid: InvalidHook | None = None,
+        *,
+        timeout_s: float | None = None,
+        priority: Priority | None = None,
     ) -> Row:
         """image_embeds float32 (N, D), unit length, of N images: paths, bytes, PIL images or uint8 arrays.
 
         Args and raises:
             as `embed_text`.
         """
-        return self._collect(self._rows(many_images(images), IMAGE, on_invalid), on_progress)
+        asked = self._asked(timeout_s, priority)
+        return self._collect(self._rows("embed_images", many_images(images), IMAGE, asked, on_invalid), on_progress)
 
-    def iter_embed_text(self, texts: Iterable[str], on_invalid: InvalidHook | None = None) -> Iterator[Row]:
-        """One float32 (D,) per text, in order, in constant memory: for inputs without end."""
-        return self._rows(many_texts(texts), TEXT, on_invalid)
+    def iter_embed_text(
+        self,
+        texts: Iterable[str],
+        on_invalid: InvalidHook | None = None,
+        *,
+        on_truncated: TruncatedHook | None = None,
+        timeout_s: float | None = None,
+        priority: Priority | None = None,
+    ) -> Iterator[Row]:
+        """One float32 (D,) per text, in order, in constant memory: for inputs without end.
 
-    def iter_embed_images(self, images: Iterable[ImageLike], on_invalid: InvalidHook | None = None) -> Iterator[Row]:
-        """One float32 (D,) per image, in order, in constant memory: for inputs without end."""
-        return self._rows(many_images(images), IMAGE, on_invalid)
+        At most `max_in_flight` texts are taken before their rows are asked for. Args and raises: as `embed_text`.
+        """
+        return self._text_rows("iter_embed_text", texts, self._asked(timeout_s, priority), on_invalid, on_truncated)
+
+    def iter_embed_images(
+        self,
+        images: Iterable[ImageLike],
+        on_invalid: InvalidHook | None = None,
+        *,
+        timeout_s: float | None = None,
+        priority: Priority | None = None,
+    ) -> Iterator[Row]:
+        """One float32 (D,) per image, in order, in constant memory: for inputs without end.
+
+        At most `max_in_flight` images are taken before their rows are asked for. Args and raises: as `embed_text`.
+        """
+        asked = self._asked(timeout_s, priority)
+        return self._rows("iter_embed_images", many_images(images), IMAGE, asked, on_invalid)
 
     def similarity(self, images: Iterable[ImageLike], texts: Iterable[str]) -> Row:
         """Cosine similarity float32 (N_images, N_texts)."""
         return self.embed_images(images) @ self.embed_text(texts).T
 
+    # --- the other served models ----------------------------------------------------------------------------
+
+    def score(
+        self,
+        images: Iterable[ImageLike],
+        texts: Iterable[str],
+        *,
+        calibration: str | None = None,
+        timeout_s: float | None = None,
+        priority: Priority | None = None,
+    ) -> Scores:
+        """How well each image fits each text, judged by the server's similarity model.
+
+        Args:
+            texts: at most 4,096; any number of images.
+            calibration: name of a calibration that the server stores: adds relevance and no_match.
+            timeout_s: deadline of each 64 images, which are sent together.
+            priority: as in `embed_text`.
+        Raises:
+            TuwenError: as `embed_text`; there are no partial rows.
+        """
+        job = scores_job(texts, calibration)
+        return self._judged("score", images, job, self._asked(timeout_s, priority, CHUNKS_IN_FLIGHT))
+
+    def classify(
+        self,
+        images: Iterable[ImageLike],
+        labels: Iterable[str] | None = None,
+        *,
+        classifier: str | None = None,
+        templates: Iterable[str] | None = None,
+        calibration: str | None = None,
+        timeout_s: float | None = None,
+        priority: Priority | None = None,
+    ) -> Classes:
+        """Which label each image shows, judged by the server's zero-shot model.
+
+        Args:
+            labels: what to tell apart; or instead
+            classifier: name of a classifier that the server stores.
+            templates: prompts with {} where a label goes, averaged; default: the server's.
+            calibration, timeout_s, priority: as in `score`.
+        Raises:
+            TuwenError: as `embed_text`; there are no partial rows.
+        """
+        job = classes_job(labels, classifier, templates, calibration)
+        return self._judged("classify", images, job, self._asked(timeout_s, priority, CHUNKS_IN_FLIGHT))
+
     # --- requests -------------------------------------------------------------------------------------------
+
+    def _text_rows(
+        self,
+        operation: str,
+        texts: Iterable[str],
+        asked: Asked,
+        on_invalid: InvalidHook | None,
+        on_truncated: TruncatedHook | None,
+    ) -> Iterator[Row]:
+        job = MEASURED_TEXT if on_truncated else TEXT
+        return self._rows(operation, many_texts(texts), job, asked, on_invalid, on_truncated)
 
     def _collect(self, rows: Iterator[Row], on_progress: ProgressHook | None) -> Row:
         finished: list[Row] = []
@@ -206,126 +257,119 @@ class Client:
                 if on_progress:
                     on_progress(len(finished))
         except TuwenError as error:
-            before = {index: row for index, row in enumerate(finished) if not np.isnan(row[0])}
-            error.partial = before | dict(error.partial)
+            add_finished(error, finished)
             raise
         return np.stack(finished) if finished else np.zeros((0, self.embed_dim), np.float32)
 
-    def _rows(self, items: Iterator[object], side: Side, on_invalid: InvalidHook | None) -> Iterator[Row]:
-        window: deque[_Call] = deque()
-        try:
-            for index, item in enumerate(items):
-                window.append(self._send(index, item, side))
-                if len(window) >= self.max_in_flight:
-                    yield self._receive(window, side, on_invalid)
-            while window:
-                yield self._receive(window, side, on_invalid)
-        finally:  # on an error, or when the caller stops iterating
-            for call in window:
-                call.cancel()
+    def _rows(
+        self,
+        operation: str,
+        items: Iterable[object],
+        job: Job[Embedded],
+        asked: Asked,
+        on_invalid: InvalidHook | None,
+        on_truncated: TruncatedHook | None = None,
+    ) -> Iterator[Row]:
+        with contextlib.closing(self._settled(operation, items, job, asked, on_invalid)) as calls:
+            for call in calls:
+                if call.error is not None:
+                    yield missing_row(self.embed_dim)
+                    continue
+                if on_truncated and call.answer.is_truncated:
+                    on_truncated(call.index)
+                yield call.answer.row
 
-    def _send(self, index: int, item: object, side: Side) -> _Call:
-        call = _Call(index, item)
-        model = f"{self.model}_{side.name}"
+    def _judged(self, operation: str, images: Iterable[ImageLike], job: Job[Answer], asked: Asked) -> Any:
         try:
-            tensor = side.make_input(item)
+            return join([call.answer for call in self._settled(operation, chunks(images), job, asked, None)])
         except InvalidInput as error:
-            call.answer.set_exception(error)
-            return call
-        with self._sending:
-            self._check_open()
-            call.context = self._triton.async_infer(
-                model,
-                [tensor],
-                callback=partial(_finish, call.answer),
-                outputs=[triton.InferRequestedOutput(side.output), triton.InferRequestedOutput("fingerprint")],
-                client_timeout=self.timeout_s,
-            )
-        return call
+            raise blame_image(error) from error.__cause__
 
-    def _receive(self, window: deque[_Call], side: Side, on_invalid: InvalidHook | None) -> Row:
-        """The row of the oldest call, which leaves the window."""
-        try:
-            row = self._read(window[0].answer.result(), side)
-        except (InferenceServerException, TuwenError) as error:
-            call = window.popleft()
-            failure = error if isinstance(error, TuwenError) else self._typed(error)
-            failure.index, failure.item = call.index, side.describe(call.item)
-            if on_invalid and isinstance(failure, InvalidInput):
-                on_invalid(failure)
-                return np.full(self.embed_dim, np.nan, np.float32)
-            failure.partial = self._arrived(window, side)
-            raise failure from (None if failure is error else error)
-        window.popleft()
-        return row
-
-    def _arrived(self, window: deque[_Call], side: Side) -> dict[int, Row]:
-        """Rows that overtook the failed one, without those of another model."""
-        rows = {}
-        for call in window:
-            if call.answer.done() and not call.answer.exception():
-                with contextlib.suppress(ModelChanged):
-                    rows[call.index] = self._read(call.answer.result(), side)
-        return rows
-
-    def _read(self, result: triton.InferResult, side: Side) -> Row:
-        fingerprint = int(result.as_numpy("fingerprint").ravel()[0])
-        with self._sending:
-            if self._fingerprint is None:
-                self._fingerprint = fingerprint
-        if fingerprint != self._fingerprint:
-            raise ModelChanged(
-                f"the server embeds with model {fingerprint}, this client began with {self._fingerprint}; "
-                "embed again with a new client"
-            )
-        # A copy: what tritonclient returns is a read-only view of the message.
-        row: Row = result.as_numpy(side.output)[0].copy()
-        return row
-
-    def _ask(self, method: Callable[..., Any], *args: str) -> Any:
-        """Call one of tritonclient's other methods, with the deadline, and with our errors."""
+    def _settled(
+        self,
+        operation: str,
+        items: Iterable[object],
+        job: Job[Answer],
+        asked: Asked,
+        on_invalid: InvalidHook | None,
+    ) -> Generator[Call]:
+        """Calls in order, each with its answer, or with the error that on_invalid was called with."""
+        ended: queue.SimpleQueue[Sent] = queue.SimpleQueue()
         self._check_open()
-        try:
-            return method(*args, client_timeout=self.timeout_s)
-        except InferenceServerException as error:
-            raise self._typed(error) from error
+        model = self.model
+        with client_span(operation, model, self.url) as headers:
+            flight = self._flight(job, model, ended.put, headers, asked)
+            try:
+                for call in _fly(flight, enumerate(items), ended):
+                    if call.error is not None:
+                        self._tell(flight.failure(call), on_invalid)
+                    yield call
+            finally:  # on an error, or when the caller stops iterating
+                flight.give_up()
 
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise TuwenError(f"this client of {self.url} is closed; make a new one")
+    def _tell(self, error: TuwenError, on_invalid: InvalidHook | None) -> None:
+        if isinstance(error, ModelNotFound):
+            error = self._with_served_models(error)
+        if on_invalid is None or not isinstance(error, InvalidInput):
+            raise error
+        on_invalid(error)
 
-    def _typed(self, error: InferenceServerException) -> TuwenError:
-        """The typed error; a missed deadline names it, an unknown model is met with the list of those there are."""
-        failure = from_triton(error)
-        if isinstance(failure, DeadlineExceeded):
-            return DeadlineExceeded(f"{failure.message}; timeout_s is {self.timeout_s:g}")
-        if not isinstance(failure, ModelNotFound):
-            return failure
+    def _with_served_models(self, error: ModelNotFound) -> TuwenError:
         try:
-            served = ", ".join(self.models()) or "no model"
+            return self._with_served(error, self.models())
         except TuwenError as unavailable:  # a server on its way out unloads its models first
             return unavailable
-        return ModelNotFound(f"{failure.message}; the server at {self.url} serves {served}")
+
+    def _ask(self, method: str, request: Any) -> Any:
+        """The first response of any server."""
+        failure: TuwenError | None = None
+        for endpoint in self._in_turn():
+            try:
+                response = response_of(self._servers[endpoint.number].ask(method, request))
+            except TuwenError as error:
+                self._note(endpoint, error)
+                failure = error
+            else:
+                self._note(endpoint, None)
+                return response
+        assert failure is not None  # there is at least one endpoint
+        raise failure
+
+    def _is_healthy(self, endpoint: Endpoint, questions: Sequence[tuple[str, Any]]) -> bool:
+        try:
+            return all(response_of(self._servers[endpoint.number].ask(*one)).ready for one in questions)
+        except TuwenError:
+            return False
 
 
-@dataclass
-class _Call:
-    """One request under way, or refused before it was sent."""
+def _fly(flight: Flight[Any], source: Iterator[tuple[int, object]], ended: queue.SimpleQueue[Sent]) -> Iterator[Call]:
+    """Settled calls from the front of the window, which is kept full."""
+    window = flight.window
+    is_exhausted = False
+    while window or not is_exhausted:
+        if window.has_result:
+            yield window.pop()
+            continue
+        if window.has_room and not is_exhausted:
+            index, item = next(source, (-1, _END))
+            is_exhausted = item is _END
+            if not is_exhausted:
+                window.add(index, item, flight.packed(item), now())
+        elif window:
+            _wait(flight, ended)
+        _send_due(flight)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                flight.take(ended.get_nowait())
 
-    index: int
-    item: object
-    answer: Future[triton.InferResult] = field(default_factory=Future)
-    context: Any = None  # of tritonclient, which does not export its type
 
-    def cancel(self) -> None:
-        if self.context is not None and not self.answer.done():
-            self.context.cancel()
+def _wait(flight: Flight[Any], ended: queue.SimpleQueue[Sent]) -> None:
+    """Until a request ends or another is due."""
+    with contextlib.suppress(queue.Empty):
+        flight.take(ended.get(timeout=flight.window.wait_s(now())))
 
 
-def _finish(
-    answer: Future[triton.InferResult], result: triton.InferResult | None, error: InferenceServerException | None
-) -> None:
-    if error is not None:
-        answer.set_exception(error)
-    else:
-        answer.set_result(result)
+def _send_due(flight: Flight[Any]) -> None:
+    while (attempt := flight.window.next_attempt(now())) is not None:
+        if not flight.must_prepare(attempt) or flight.prepare(attempt):
+            flight.send(attempt)

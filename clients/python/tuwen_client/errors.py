@@ -11,7 +11,6 @@ from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from tritonclient.utils import InferenceServerException
 
 
 class TuwenError(Exception):
@@ -90,19 +89,38 @@ _BY_STATUS: dict[str, type[TuwenError]] = {
     "NOT_FOUND": ModelNotFound,
 }
 
+# Where Triton 2.51's status says less than its sentence: a full queue comes as UNAVAILABLE, a dead model process as
+# INTERNAL, a server that shuts down under either.
+_BY_SENTENCE: tuple[tuple[str, type[TuwenError]], ...] = (
+    ("Exceeds maximum queue size", Overloaded),
+    ("Request timeout expired", Overloaded),
+    ("is not healthy", ServerUnavailable),
+    ("Server is stopping", ServerUnavailable),
+    ("stopped accepting new inference requests", ServerUnavailable),
+    ("no available versions", ServerUnavailable),
+    ("is not ready", ServerUnavailable),
+    ("Server not ready", ServerUnavailable),
+    ("; send it again", ServerUnavailable),
+    ("This protocol is restricted", TuwenError),
+)
+
 # Triton's wrapping of a model's own sentence: "in ensemble 'x', [request id: <id_unknown>] <sentence>".
 _WRAPPING = re.compile(r"^(?:in ensemble '[^']*', )?(?:\[request id: [^\]]*\] )?")
 
 
-def from_triton(error: InferenceServerException) -> TuwenError:
-    """The error of this module that an exception of tritonclient stands for, with the server's sentence."""
-    status = (error.status() or "").removeprefix("StatusCode.")
-    message = error.message() or "the server gave no reason"
+def from_status(status: str, message: str) -> TuwenError:
+    """The error of this module that a gRPC status stands for, with the server's sentence.
+
+    Args:
+        status: the code's name, as UNAVAILABLE.
+        message: the status's details.
+    """
+    message = message or "the server gave no reason"
     sentence = _WRAPPING.sub("", message)
+    for words, kind in _BY_SENTENCE:
+        if words in message:
+            return kind(sentence)
     kind = _BY_STATUS.get(status, TuwenError)
-    # Triton 2.51 reports a full queue under the status of a server that is gone.
-    if "Exceeds maximum queue size" in message:
-        kind = Overloaded
     if kind is DeadlineExceeded:
         return DeadlineExceeded("the server did not answer in time")
     if kind is ServerUnavailable and sentence == message:  # gRPC's own words: no server said this
