@@ -53,10 +53,21 @@ test-slow: .venv/.dev
 perf-analyzer: .venv/.bench
 	$(BIN)/python -m perf.fetch_analyzer
 
-# Serving against the published implementation and against bare ONNX Runtime, full-size ViT-B-16: half an hour.
+# Serving against the published implementation and against bare ONNX Runtime, full-size ViT-B-16, then
+# overload, faults and fuzzing: an hour.
 bench-serving: .venv/.bench
 	$(BIN)/python -m perf.preprocess
+	$(BIN)/python -m perf.lengths
 	$(BIN)/python -m perf.serving
+	$(MAKE) bench-overload bench-faults fuzz
+
+# Three times as many texts as can be answered, for a minute; each bound that is missed fails it.
+bench-overload: .venv/.bench
+	$(BIN)/python -m perf.overload
+
+# Parts of a server killed, stopped, cut off and starved; a wrong answer fails it. As root, /dev/shm is filled as well.
+bench-faults: .venv/.bench
+	$(BIN)/python -m perf.faults
 
 # Damaged pictures and odd texts: some five minutes on two cores.
 fuzz: .venv/.serve
