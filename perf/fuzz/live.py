@@ -44,7 +44,10 @@ def sample_server() -> Iterator[EmbeddedServer]:
         command = [sys.executable, "-m", "tuwen.cli", "build", "--checkpoint", str(SAMPLE_CHECKPOINT)]
         subprocess.run([*command, "--repository", folder], check=True, stdout=subprocess.DEVNULL)
         grpc, http, metrics = free_ports(3)
-        with EmbeddedServer(repository, grpc_port=grpc, http_port=http, metrics_port=metrics) as server:
+        # Without the cache of answers, which fills on purpose and would hide a leak.
+        with EmbeddedServer(
+            repository, grpc_port=grpc, http_port=http, metrics_port=metrics, cache_size_bytes=0
+        ) as server:
             yield server
 
 

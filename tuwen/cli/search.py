@@ -88,7 +88,14 @@ def embedded_server(repository: Path) -> Iterator[str]:
     from tuwen.serving.server import EmbeddedServer
 
     grpc_port, http_port, metrics_port = free_ports(3)
-    server = EmbeddedServer(repository, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
+    server = EmbeddedServer(
+        repository,
+        grpc_port=grpc_port,
+        http_port=http_port,
+        metrics_port=metrics_port,
+        cache_size_bytes=0,  # nothing is asked twice, or all is to be measured
+        model_config_name="tuned",
+    )
     try:
         with stderr.status("starting Triton"):
             endpoints = server.start()
