@@ -33,10 +33,10 @@ from builders.parity import SAMPLES_DIR
 from tuwen.data.pairs import open_pairs
 from tuwen.files import write_text
 from tuwen.image_transform import preprocess_image
+from tuwen.serving.model_repository import TUNED_CONFIG
 from tuwen.serving.ports import free_ports
 from tuwen.serving.server import EmbeddedServer
 
-TUNED = "tuned"
 # More instances than this hold the weights as many times, and gained nothing where it was measured.
 MAX_INSTANCES = 4
 # What a lone request may lose, as a factor, for the sake of throughput.
@@ -239,6 +239,6 @@ def _write(model_dir: Path, chosen: Candidate, measured: Sequence[str]) -> Path:
         *measured,
         "Change here: instance_group, intra_op_thread_count; or remove the file.",
     ]
-    path = model_dir / "configs" / f"{TUNED}.pbtxt"
+    path = model_dir / "configs" / f"{TUNED_CONFIG}.pbtxt"
     write_text(path, "".join(f"# {line}\n" for line in header) + _text(_configured(model_dir / "config.pbtxt", chosen)))
     return path

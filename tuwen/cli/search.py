@@ -84,6 +84,7 @@ def _gallery(path: Path) -> list[Picture]:
 @contextmanager
 def embedded_server(repository: Path) -> Iterator[str]:
     """The embedded server on free ports of loopback; yields its gRPC address."""
+    from tuwen.serving.model_repository import TUNED_CONFIG
     from tuwen.serving.ports import free_ports
     from tuwen.serving.server import EmbeddedServer
 
@@ -94,7 +95,7 @@ def embedded_server(repository: Path) -> Iterator[str]:
         http_port=http_port,
         metrics_port=metrics_port,
         cache_size_bytes=0,  # nothing is asked twice, or all is to be measured
-        model_config_name="tuned",
+        model_config_name=TUNED_CONFIG,
     )
     try:
         with stderr.status("starting Triton"):

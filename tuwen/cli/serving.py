@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from tuwen.cli.console import DEFAULT_REPOSITORY, Repository, stderr, stdout
+from tuwen.serving.model_repository import TUNED_CONFIG
 
 if TYPE_CHECKING:
     from tuwen.serving.supervisor import Supervisor
@@ -33,7 +34,7 @@ def serve(
     cache_mib: Annotated[int, typer.Option("--cache-mib", min=0, help="Cache of text answers; 0: none.")] = 64,
     config_name: Annotated[
         str, typer.Option("--config-name", help="Load configs/NAME.pbtxt where a model has one.")
-    ] = "tuned",
+    ] = TUNED_CONFIG,
     restart: Annotated[bool, typer.Option("--restart/--no-restart", help="Replace what dies or hangs.")] = True,
     log_file: Annotated[Path | None, typer.Option("--log-file", help="Keep Triton's log here.")] = None,
 ) -> None:

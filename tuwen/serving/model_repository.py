@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 # source: Triton docs, model repository; dali's is the file our GPU profile names.
 _DEFAULT_FILENAMES = {"python": "model.py", "onnxruntime": "model.onnx", "tensorrt": "model.plan", "dali": "model.dali"}
 
+# What `tuwen build --tune` writes, configs/tuned.pbtxt, and the commands that serve load where there is one.
+TUNED_CONFIG = "tuned"
+
 # The parameter by which a model says whose ensembles it calls.
 _SERVES = "serves"
 
