@@ -50,7 +50,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Finding:
-    """One figure of one load."""
+    """One figure of one load; `a` and `b` are geometric means of the repeats, answers per second or milliseconds."""
 
     load: str
     stream: StreamKind
@@ -108,9 +108,9 @@ def _compare_point(a: Point, b: Point, min_effect: float) -> Iterator[Finding]:
             else:
                 rows = (a.latencies(stream, figure), b.latencies(stream, figure))
             ratio = ratio_of(*rows)
-            middle_a, middle_b = (statistics.median(row) for row in rows)
+            means = [statistics.geometric_mean(row) for row in rows]
             verdict = judge(ratio, figure == "throughput", min_effect)
-            yield Finding(a.name, stream, figure, middle_a, middle_b, ratio, verdict)
+            yield Finding(a.name, stream, figure, means[0], means[1], ratio, verdict)
 
 
 def ratio_of(a: Sequence[float], b: Sequence[float], confidence: float = CONFIDENCE) -> Ratio:

@@ -144,10 +144,18 @@ def _numbers(flag: str, text: str) -> list[int]:
 
 def _print_towers(found: TowerReport) -> None:
     parity = {(one.tower, one.side): one for one in found.parity}
-    table = Table(title=f"{found.architecture}, {found.threads} threads", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=f"{found.architecture}, {found.threads} threads",
+        caption=f"speed 2: half of PyTorch's time; cosine and difference: the worst of {found.parity[0].num_items} "
+        "real items, against PyTorch",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     for column in ("input", "side"):
         table.add_column(column, no_wrap=True)
-    for column in ("ms", "items/s", "x PyTorch", "min cosine", "max diff"):
+    for column in ("ms", "items/s", "speed", "cosine", "max diff"):
         table.add_column(column, justify="right", no_wrap=True)
     for index, one in enumerate(found.times):
         is_first = index == 0 or found.times[index - 1].input != one.input
