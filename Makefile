@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 QUERIES := 墨镜 生日蛋糕 红色的心 吃的水果 哭泣的猫 时钟
 
-.PHONY: demo test test-slow lint bench-serving sample clean
+.PHONY: demo test test-slow lint perf-analyzer bench-serving bench-overload bench-faults fuzz sample clean
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv
@@ -18,9 +18,11 @@ QUERIES := 墨镜 生日蛋糕 红色的心 吃的水果 哭泣的猫 时钟
 	@touch $@
 
 .venv/.dev: .venv/.serve
-	$(PIP) --editable '.[serve,build,dev]' --editable clients/python
+	$(PIP) --editable '.[serve,build,bench,dev]' --editable clients/python
 	@# Without its dependencies: torchvision does not import beside a CPU build of torch, and the tests stub it.
 	$(PIP) --no-deps cn-clip==1.6.0
+	@# 18 MB, a few seconds. Where it cannot be had, the tests that need it are skipped and say so.
+	-$(BIN)/python -m perf.fetch_analyzer
 	@touch $@
 
 .venv/.bench: .venv/.serve
@@ -47,10 +49,30 @@ test: lint
 test-slow: .venv/.dev
 	$(BIN)/pytest -m slow
 
-# Serving against the published implementation and against bare ONNX Runtime, full-size ViT-B-16: half an hour.
+# NVIDIA's load generator for `tuwen bench run`, into .cache/perf_analyzer; no root needed.
+perf-analyzer: .venv/.bench
+	$(BIN)/python -m perf.fetch_analyzer
+
+# Serving against the published implementation and against bare ONNX Runtime, full-size ViT-B-16, then
+# overload, faults and fuzzing: an hour.
 bench-serving: .venv/.bench
 	$(BIN)/python -m perf.preprocess
+	$(BIN)/python -m perf.lengths
 	$(BIN)/python -m perf.serving
+	$(MAKE) bench-overload bench-faults fuzz
+
+# Three times as many texts as can be answered, for a minute; each bound that is missed fails it.
+bench-overload: .venv/.bench
+	$(BIN)/python -m perf.overload
+
+# Parts of a server killed, stopped, cut off and starved; a wrong answer fails it. As root, /dev/shm is filled as well.
+bench-faults: .venv/.bench
+	$(BIN)/python -m perf.faults
+
+# Damaged pictures and odd texts: some five minutes on two cores.
+fuzz: .venv/.serve
+	$(BIN)/python -m perf.fuzz --inputs 200000
+	$(BIN)/python -m perf.fuzz --live 5000 --serve
 
 # Rebuilds data and sample checkpoint from scratch: about an hour on two cores.
 sample: .venv/.serve

@@ -20,8 +20,10 @@ MAX_QUEUE_SIZE = {"interactive": 2 * MAX_BATCH_SIZE, "bulk": 4 * MAX_BATCH_SIZE}
 # What has waited this long is refused too, where a model is slow or hangs: nobody awaits it any more.
 MAX_WAIT_S = {"interactive": 5, "bulk": 25}
 PRIORITIES = ("interactive", "bulk")  # Triton counts from 1 and serves the lower number first
-# A request waits at most this long for company. A first choice, not yet measured.
-QUEUE_DELAY_US = 1000
+# Of a tower: while one hands over its answers and takes its next batch, the other computes. Measured with ViT-B-16 on
+# two cores, 16 requests at a time, against bare ONNX Runtime: float32 texts 0.94, with one instance 0.64; int8 pictures
+# 0.96, with one 0.60; float32 pictures, whose batches take a second, 0.94 and 0.96.
+TOWER_INSTANCES = 2
 
 _HEADER = """\
 # Rendered by `tuwen render` from tuwen/specs.py and builders/configs.py; `make test` fails when they differ.
@@ -114,7 +116,7 @@ class Ensemble:
 
 def _add_dynamic_batching(config: pb.ModelConfig) -> None:
     batching = config.dynamic_batching
-    batching.max_queue_delay_microseconds = QUEUE_DELAY_US
+    # No delay: a lone request would wait for company in vain, and under load the queue is company enough.
     batching.priority_levels = len(PRIORITIES)
     batching.default_priority_level = 1 + PRIORITIES.index("bulk")
     for level, name in enumerate(PRIORITIES, start=1):
@@ -183,6 +185,7 @@ def text_tower(spec: ModelSpec, name: str) -> Model:
         backend="onnxruntime",
         inputs=(_PACKED_INPUT_IDS,),
         outputs=(_embeds("text", spec), _FINGERPRINT, _LOGIT_SCALE),
+        instances=TOWER_INSTANCES,
         # The texts of a batch are laid end to end, so that nobody pays for padding.
         batch_inputs=(
             ("text_offsets", "BATCH_ACCUMULATED_ELEMENT_COUNT_WITH_ZERO"),
@@ -201,13 +204,14 @@ def image_tower(spec: ModelSpec, name: str) -> Model:
         backend="onnxruntime",
         inputs=(pixel_values,),
         outputs=(_embeds("image", spec), _FINGERPRINT),
+        instances=TOWER_INSTANCES,
         warmup=(pixel_values.dims,),
         purpose=f"{spec.name}: pixel_values -> image_embeds of unit length, and the model's fingerprint.",
         change=_TOWER_CHANGE,
     )
 
 
-_TOWER_CHANGE = "Change here: instance_group, priority_queue_policy; parameters such as intra_op_thread_count."
+_TOWER_CHANGE = "Change here: instance_group, each with the weights; priority_queue_policy; intra_op_thread_count."
 
 
 def text_ensemble(spec: ModelSpec, name: str) -> Ensemble:

@@ -2,26 +2,28 @@
 
 tuwen build --checkpoint samples/emoji_tiny --tune
 
-Writes `configs/tuned.pbtxt` beside a model's config.pbtxt: what `tuwen serve` loads where there is one, and a person
-can read and change. Its header has the measurements.
+Each way is served by the embedded server and asked by 16 callers at a time, then by one alone. The best is written to
+`configs/tuned.pbtxt` beside a model's config.pbtxt: what `tuwen serve` loads where there is one, and a person can read
+and change. Its header has the measurements.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import shutil
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import onnxruntime as ort
+import tritonclient.grpc as triton
 from google.protobuf import text_format
 from PIL import Image
 from tritonclient.grpc import model_config_pb2 as pb
@@ -31,18 +33,21 @@ from builders.parity import SAMPLES_DIR
 from tuwen.data.pairs import open_pairs
 from tuwen.files import write_text
 from tuwen.image_transform import preprocess_image
-from tuwen.tokenizer import default_tokenizer, normalize_text, pack_rows
+from tuwen.serving.ports import free_ports
+from tuwen.serving.server import EmbeddedServer
 
 TUNED = "tuned"
 # More instances than this hold the weights as many times, and gained nothing where it was measured.
 MAX_INSTANCES = 4
 # What a lone request may lose, as a factor, for the sake of throughput.
 MAX_SLOWER_ALONE = 1.25
-ROUNDS = 5
-_IN_FLIGHT = 16  # items that the instances of one candidate share in a round
+# A way that is better by less than this is not: the one with fewer instances, and less memory, stays.
+MIN_GAIN = 1.03
+PASSES = 3
+_CALLERS = 16
+_ALONE = 5
+_ROUND_S = 4.0
 _PHOTOGRAPH = (640, 480)
-
-Feed = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -67,21 +72,26 @@ class Measured:
 
 
 def candidates(num_cores: int) -> list[Candidate]:
-    """Ways to share the cores among instances; every one uses them all."""
-    return [Candidate(n, num_cores // n) for n in range(1, min(num_cores, MAX_INSTANCES) + 1) if num_cores % n == 0]
+    """Ways to share the cores among instances; and two instances that both use them all.
+
+    Of the latter one computes while the other takes its next batch, or waits for a core that something else has.
+    """
+    shared = [Candidate(n, num_cores // n) for n in range(1, min(num_cores, MAX_INSTANCES) + 1) if num_cores % n == 0]
+    return list(dict.fromkeys([shared[0], Candidate(2, num_cores), *shared[1:]]))
 
 
 def choose(measured: Sequence[Measured]) -> Measured:
-    """The highest throughput among those that answer a lone request in nearly the best time."""
+    """The highest throughput among those that answer a lone request in nearly the best time; of equals the fewest."""
     fastest_alone = min(each.alone_ms for each in measured)
     eligible = [each for each in measured if each.alone_ms <= MAX_SLOWER_ALONE * fastest_alone]
-    return max(eligible, key=lambda each: each.items_per_s)
+    best = max(each.items_per_s for each in eligible)
+    good = [each for each in eligible if MIN_GAIN * each.items_per_s >= best]
+    return min(good, key=lambda each: (each.candidate.instances, -each.items_per_s))
 
 
 def tune(
     repository: Path,
     name: str,
-    version: int,
     resolution: int,
     on_stage: Callable[[str], None] = lambda stage: None,
     num_cores: int | None = None,
@@ -91,68 +101,116 @@ def tune(
     Args:
         resolution: of pixel_values.
         num_cores: by default those that this process may use.
+    Raises:
+        ServerError, MissingDependency: the embedded server does not run here.
     """
     cores = num_cores or len(os.sched_getaffinity(0))
+    photograph = _photograph()
     written, rates = [], {}
     for kind in TOWERS:
-        on_stage(f"tuning the {kind} tower")
-        tower_dir = repository / f"{name}_{kind}_tower"
-        measured = _measure_tower(tower_dir / str(version) / "model.onnx", _feed(kind, resolution), candidates(cores))
+        ways = candidates(cores)
+        rounds: dict[Candidate, list[tuple[float, float]]] = {way: [] for way in ways}
+        for number in range(PASSES):
+            for way in ways:
+                on_stage(f"tuning the {kind} tower: {way.instances} x {way.threads} threads, {number + 1} of {PASSES}")
+                rounds[way].append(_measure(repository, name, kind, resolution, way, photograph))
+        measured = [Measured(way, *map(statistics.median, zip(*found, strict=True))) for way, found in rounds.items()]
         chosen = choose(measured)
         rates[kind] = chosen.items_per_s
-        written.append(_write(tower_dir, chosen.candidate, [each.describe() for each in measured]))
+        notes = [each.describe() for each in measured]
+        written.append(_write(repository / f"{name}_{kind}_tower", chosen.candidate, notes))
     on_stage("tuning the decoders")
-    decode_ms = _decode_ms(resolution)
+    decode_ms = _decode_ms(photograph, resolution)
     # As many as keep the tower busy, and one more, so that decoding is never what is waited for.
-    decoders = min(cores, 1 + -(-int(rates["image"] * decode_ms) // 1000))
-    note = (
-        f"{decode_ms:.1f} ms a picture of {_PHOTOGRAPH[0]} x {_PHOTOGRAPH[1]}; the tower takes {rates['image']:.1f}/s"
-    )
-    written.append(_write(repository / f"preprocess_image_{resolution}", Candidate(max(decoders, 1), 0), [note]))
+    decoders = min(max(cores, 2), 1 + -(-int(rates["image"] * decode_ms) // 1000))
+    width, height = _PHOTOGRAPH
+    note = f"{decode_ms:.1f} ms a picture of {width} x {height}; the tower takes {rates['image']:.1f}/s"
+    written.append(_write(repository / f"preprocess_image_{resolution}", Candidate(decoders, 0), [note]))
     return written
 
 
-def _feed(kind: TowerKind, resolution: int) -> Callable[[int], Feed]:
-    """A batch of so many captions, or pictures."""
-    captions = [record.text for record in open_pairs(SAMPLES_DIR, "valid").texts[::97]]
-    rows = [default_tokenizer().encode_ids(normalize_text(caption)) for caption in captions]
-    if kind == "text":
-        return lambda size: dict(pack_rows([rows[index % len(rows)] for index in range(size)]))
-    return lambda size: {"pixel_values": np.zeros((size, 3, resolution, resolution), np.float32)}
+def _measure(
+    repository: Path, name: str, kind: TowerKind, resolution: int, way: Candidate, photograph: bytes
+) -> tuple[float, float]:
+    """Items per second of 16 callers, and milliseconds of one alone, through a server of its own."""
+    step = "tokenize_text" if kind == "text" else f"preprocess_image_{resolution}"
+    ensemble, tower = f"{name}_{kind}", f"{name}_{kind}_tower"
+    with _copied(repository, [ensemble, tower, step]) as copy:
+        config = copy / tower / "config.pbtxt"
+        tuned = _configured(config, way)
+        config.unlink()  # it may be a link to the original
+        config.write_text(_text(tuned), encoding="utf-8")
+        grpc_port, http_port, metrics_port = free_ports(3)
+        server = EmbeddedServer(
+            copy, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port, cache_size_bytes=0
+        )
+        try:
+            url = server.start().grpc
+            with triton.InferenceServerClient(url) as client:
+                return _ask(client, ensemble, _inputs(kind, photograph))
+        finally:
+            server.stop(timeout_s=0)
 
 
-def _measure_tower(onnx_path: Path, feed: Callable[[int], Feed], ways: Sequence[Candidate]) -> list[Measured]:
-    """All candidates in turn, several rounds over; one session an instance, as in the server."""
-    rates: dict[Candidate, list[float]] = {way: [] for way in ways}
-    alone: dict[Candidate, list[float]] = {way: [] for way in ways}
-    sessions = {way: [_open(onnx_path, way.threads) for _ in range(way.instances)] for way in ways}
-    for round_index in range(ROUNDS + 1):
-        for way in ways:
-            together = _seconds(partial(_run_all, sessions[way], feed(_IN_FLIGHT // way.instances)))
-            single = _seconds(partial(sessions[way][0].run, None, feed(1)))
-            if round_index:  # the first one warms up
-                rates[way].append(_IN_FLIGHT / together)
-                alone[way].append(single * 1000)
-    return [Measured(way, statistics.median(rates[way]), statistics.median(alone[way])) for way in ways]
+def _ask(client: triton.InferenceServerClient, ensemble: str, inputs: list[triton.InferInput]) -> tuple[float, float]:
+    turns = iter(range(10**9))
+
+    def ask_one() -> None:
+        client.infer(ensemble, [inputs[next(turns) % len(inputs)]])
+
+    ask_one()
+    alone_ms = statistics.median(_seconds(ask_one) for _ in range(_ALONE)) * 1000
+    ends_at = time.perf_counter() + _ROUND_S
+
+    def ask_until_the_end() -> int:
+        asked = 0
+        while time.perf_counter() < ends_at:
+            ask_one()
+            asked += 1
+        return asked
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(_CALLERS) as pool:
+        answered = sum(each.result() for each in [pool.submit(ask_until_the_end) for _ in range(_CALLERS)])
+    return answered / (time.perf_counter() - started), alone_ms
 
 
-def _open(onnx_path: Path, threads: int) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    return ort.InferenceSession(onnx_path, options, providers=["CPUExecutionProvider"])
+def _inputs(kind: TowerKind, photograph: bytes) -> list[triton.InferInput]:
+    if kind == "image":
+        data = np.frombuffer(photograph, np.uint8)[None]
+        return [triton.InferInput("image", list(data.shape), "UINT8").set_data_from_numpy(data)]
+    captions = [record.text.encode() for record in open_pairs(SAMPLES_DIR, "valid").texts[::97]]
+    return [
+        triton.InferInput("text", [1, 1], "BYTES").set_data_from_numpy(np.array([[caption]], np.object_))
+        for caption in captions
+    ]
 
 
-def _run_all(sessions: Sequence[ort.InferenceSession], feed: Feed) -> None:
-    with ThreadPoolExecutor(len(sessions)) as pool:
-        for each in [pool.submit(session.run, None, feed) for session in sessions]:
-            each.result()
+@contextmanager
+def _copied(repository: Path, models: Sequence[str]) -> Iterator[Path]:
+    """A repository of these models alone, whose files are links where the file system has them."""
+    with tempfile.TemporaryDirectory(prefix=".tune-", dir=repository) as folder:
+        for model in models:
+            shutil.copytree(repository / model, Path(folder, model), copy_function=_link)
+        yield Path(folder)
 
 
-def _decode_ms(resolution: int) -> float:
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _photograph() -> bytes:
     noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).resize(_PHOTOGRAPH, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
-    times = [_seconds(partial(preprocess_image, file.getvalue(), resolution, draft=True)) for _ in range(3 * ROUNDS)]
+    return file.getvalue()
+
+
+def _decode_ms(photograph: bytes, resolution: int) -> float:
+    times = [_seconds(partial(preprocess_image, photograph, resolution, draft=True)) for _ in range(15)]
     return statistics.median(times) * 1000
 
 
@@ -162,18 +220,25 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def _configured(path: Path, way: Candidate) -> pb.ModelConfig:
+    """The config with the instances, and threads where they count, of a candidate."""
+    config = text_format.Parse(path.read_text(encoding="utf-8"), pb.ModelConfig())
+    config.instance_group[0].count = way.instances
+    if way.threads:
+        config.parameters["intra_op_thread_count"].string_value = str(way.threads)
+    return config
+
+
+def _text(config: pb.ModelConfig) -> str:
+    return str(text_format.MessageToString(config, use_short_repeated_primitives=True, as_utf8=True))
+
+
 def _write(model_dir: Path, chosen: Candidate, measured: Sequence[str]) -> Path:
-    """The model's config.pbtxt with the instances, and threads where they count, of the candidate."""
-    config = text_format.Parse((model_dir / "config.pbtxt").read_text(encoding="utf-8"), pb.ModelConfig())
-    config.instance_group[0].count = chosen.instances
-    if chosen.threads:
-        config.parameters["intra_op_thread_count"].string_value = str(chosen.threads)
     header = [
         "Written by `tuwen build --tune` on this machine; `tuwen serve` loads it instead of ../config.pbtxt.",
         *measured,
         "Change here: instance_group, intra_op_thread_count; or remove the file.",
     ]
-    body = text_format.MessageToString(config, use_short_repeated_primitives=True, as_utf8=True)
     path = model_dir / "configs" / f"{TUNED}.pbtxt"
-    write_text(path, "".join(f"# {line}\n" for line in header) + body)
+    write_text(path, "".join(f"# {line}\n" for line in header) + _text(_configured(model_dir / "config.pbtxt", chosen)))
     return path

@@ -20,11 +20,11 @@ from typing import Any
 import grpc
 import numpy as np
 import numpy.typing as npt
+import tritonclient.grpc as triton
 from tritonclient.grpc import service_pb2_grpc
 from tuwen_client.codec import bytes_tensor, infer_request, read_outputs
 from tuwen_client.errors import from_status
 
-from builders.configs import MAX_BATCH_SIZE, MAX_QUEUE_SIZE
 from perf.processes import rss_mib
 from perf.rounds import machine, write_json
 from perf.serving import BENCH_DIR, FP32, Bench, open_bench
@@ -104,6 +104,14 @@ class Sender:
         self.ended.release()
 
 
+def most_waiting(bench: Bench) -> int:
+    """Requests that the text tower's queues hold, and two batches under way, by the config that is served."""
+    with triton.InferenceServerClient(bench.server.endpoints.grpc) as server:
+        config = server.get_model_config(f"{FP32}_text_tower").config
+    queues = sum(policy.max_queue_size for policy in config.dynamic_batching.priority_queue_policy.values())
+    return int(queues + 2 * config.max_batch_size)
+
+
 def measure_capacity(bench: Bench, texts: list[str]) -> float:
     """Texts per second with 64 under way."""
     with bench.client(FP32, max_in_flight=64) as client:
@@ -165,7 +173,8 @@ def measure(bench: Bench, seconds: float) -> dict[str, Any]:
         time.sleep(0.1)
     time.sleep(1.0)  # a second ending of any of them would have come by now
     capacity_after = measure_capacity(bench, texts)
-    return _judge(requests, memory, burst_s, started, normal_ms, recovery_s, (capacity, capacity_after))
+    bound_ms = LATENCY_MARGIN * 1000 * most_waiting(bench) / statistics.mean((capacity, capacity_after))
+    return _judge(requests, memory, burst_s, started, normal_ms, recovery_s, (capacity, capacity_after), bound_ms)
 
 
 def _judge(
@@ -176,12 +185,12 @@ def _judge(
     normal_ms: float,
     recovery_s: float,
     capacities: tuple[float, float],
+    bound_ms: float,
 ) -> dict[str, Any]:
     answered = [each for each in requests if each.outcome == "answered"]
     refused = [each for each in requests if each.outcome == "Overloaded"]
     in_time = [each for each in answered if each.ended_at <= started + burst_s]
     capacity = statistics.mean(capacities)
-    bound_ms = LATENCY_MARGIN * 1000 * (sum(MAX_QUEUE_SIZE.values()) + 2 * MAX_BATCH_SIZE) / capacity
     fifth = max(1, len(memory) // 5)
     growth = statistics.median(memory[-fifth:]) / statistics.median(memory[:fifth]) - 1
     p99_ms = float(np.percentile([each.ms for each in answered], 99))

@@ -34,7 +34,11 @@ class Stage:
 
 
 def read_statistics(client: Client) -> Statistics:
-    with triton.InferenceServerClient(client.url) as server:
+    return read_statistics_at(client.url)
+
+
+def read_statistics_at(url: str) -> Statistics:
+    with triton.InferenceServerClient(url) as server:
         return {entry.name: entry for entry in server.get_inference_statistics().model_stats}
 
 

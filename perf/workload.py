@@ -21,16 +21,27 @@ PHOTOGRAPHS = (
     "motorcycle_left.png",
 )
 MAX_CHARACTERS = 50  # with [CLS] and [SEP] the 52 tokens of Chinese-CLIP
-_MEDIAN_CHARACTERS, _SPREAD = 6.0, 0.55  # of a log-normal: mean 7 characters, one in a hundred above 21
+MEDIAN_CHARACTERS, SPREAD = 6.0, 0.55  # of a log-normal: mean 7 characters, one in a hundred above 21
 
 
-def muge_like_texts(count: int, seed: int = 0) -> list[str]:
-    """Chinese queries, lengths in characters as MUGE's: mean about 7, a tail to 50; the words are Emoji-CN's."""
+def muge_like_texts(
+    count: int,
+    seed: int = 0,
+    median_characters: float = MEDIAN_CHARACTERS,
+    spread: float = SPREAD,
+    max_characters: int = MAX_CHARACTERS,
+) -> list[str]:
+    """Chinese queries, lengths in characters as MUGE's: mean about 7, a tail to 50; the words are Emoji-CN's.
+
+    Args:
+        median_characters, spread: of the log-normal the lengths are drawn from.
+        max_characters: longer ones are cut to it.
+    """
     random = np.random.default_rng(seed)
     captions = [record.text for record in open_pairs(Path(__file__).parents[1] / "samples" / "emoji_cn", "valid").texts]
-    lengths = np.exp(random.normal(np.log(_MEDIAN_CHARACTERS), _SPREAD, count))
+    lengths = np.exp(random.normal(np.log(median_characters), spread, count))
     texts = []
-    for length in np.clip(np.round(lengths), 1, MAX_CHARACTERS).astype(int):
+    for length in np.clip(np.round(lengths), 1, max_characters).astype(int):
         text = ""
         while len(text) < length:
             text += captions[random.integers(len(captions))]

@@ -19,7 +19,7 @@ from tuwen.checkpoint import save_checkpoint
 from tuwen.errors import InvalidInput
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("data", "train", "eval", "build", "render", "serve", "search", "classifier", "calibrate")
+COMMANDS = ("data", "train", "eval", "build", "render", "serve", "search", "classifier", "calibrate", "bench")
 Main = Callable[..., tuple[int, str, str]]
 
 
@@ -77,7 +77,9 @@ def test_help_lists_the_commands() -> None:
         assert [line for line in ended.stdout.splitlines() if line.strip("│ ").startswith(f"{command} ")], command
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "data emoji", "data lmdb", "eval retrieval"])
+@pytest.mark.parametrize(
+    "command", [*COMMANDS, "data emoji", "data lmdb", "eval retrieval", "bench run", "bench compare", "bench towers"]
+)
 def test_every_command_has_help(in_process: Main, command: str) -> None:
     """-h as --help, without importing what the command needs to run."""
     status, out, err = in_process(*command.split(), "-h")
@@ -87,7 +89,7 @@ def test_every_command_has_help(in_process: Main, command: str) -> None:
 
 def test_help_is_quick_to_import() -> None:
     """A command's packages are imported when it runs: help needs neither torch nor onnx nor tritonclient."""
-    heavy = ("torch", "onnx", "onnxruntime", "tritonclient", "numpy", "training", "builders", "eval")
+    heavy = ("torch", "onnx", "onnxruntime", "tritonclient", "numpy", "training", "builders", "eval", "perf")
     code = f"import sys, tuwen.cli; print([name for name in {heavy} if name in sys.modules])"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert ended.stdout == "[]\n"
@@ -114,6 +116,11 @@ def test_an_error_is_one_line_on_stderr(tmp_path: Path) -> None:
         ("render --check --repository nowhere", "nowhere: tokenize_text/config.pbtxt, "),
         ("data lmdb --data nowhere", "nowhere: no *_imgs.tsv in it"),
         ("train .", ".: cannot be read: Is a directory"),
+        ("bench run nowhere.toml --serve", "nowhere.toml: there is no such scenario; those kept are image, mixed"),
+        ("bench compare nowhere nowhere", "nowhere: there is no such summary; `tuwen bench run` writes one"),
+        ("bench towers --checkpoint nowhere", "nowhere: there is no such checkpoint"),
+        ("bench towers", "give one of --checkpoint and --architecture"),
+        ("bench towers --architecture Tiny-RN --batch 1;2", "--batch 1;2: expected whole numbers with commas between"),
     ],
 )
 def test_what_cannot_be_used_is_named(

@@ -22,16 +22,25 @@ from tuwen.specs import IMAGE_MEAN, IMAGE_STD
 
 MAX_IMAGE_BYTES = 32 * 2**20
 MAX_IMAGE_PIXELS = 64 * 10**6  # 192 MB once decoded to RGB; any camera's photograph fits
+# The largest side a JPEG can have. Pillow's resize costs memory by rows and columns: 1 x 64,000,000 pixels in a PNG of
+# 311 kB took 7.6 s and 3.7 GB.
+MAX_IMAGE_SIDE = 65_535
 MAX_IMAGE_FRAMES = 1000
 # Encoders write up to about twenty scans; each costs a pass over the whole picture, however few bytes it has:
 # 300 scans in a file of 79 kB kept Pillow busy for 4.7 s.
 MAX_JPEG_SCANS = 50
+# Pillow walks through the parts of a file in Python, some a byte at a time: 30 MB of fill bytes took 14 s, 7 million
+# empty segments 10 s. A PNG of MAX_IMAGE_BYTES in libpng's chunks of 8 kB needs some 12,000 reads.
+MAX_FILE_READS = 100_000
+# Numbers written out as text: 30 MB took 4.7 s.
+MAX_PLAIN_PPM_BYTES = 4 * 2**20
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 # A drafted JPEG keeps at least this many times R on both sides. `python -m perf.preprocess` measures what that
 # does to the pixels: at 3 photographs stay within 5 of 255 inside the outermost row and column, at 2 within 10.
 DRAFT_FACTOR = 3
 
+_PLAIN_PPM = (b"P1", b"P2", b"P3")
 _SCAN_MARKER = b"\xff\xda"  # cannot occur within a scan: there 0xff is always followed by 0 or a restart marker
 _MEAN = np.array(IMAGE_MEAN, np.float32)[:, None, None]
 _STD = np.array(IMAGE_STD, np.float32)[:, None, None]
@@ -67,6 +76,18 @@ def decode_drafted(encoded: bytes, resolution: int) -> tuple[Image.Image, Box | 
     return image, drafted[1] if drafted else None
 
 
+class _CountedReads(io.BytesIO):
+    """A file that may be read so many times, however short the reads."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads += 1
+        if self.reads > MAX_FILE_READS:
+            raise InvalidInput(f"image has too many parts: more than {MAX_FILE_READS} reads")
+        return super().read(size)
+
+
 @contextmanager
 def _refusals() -> Iterator[None]:
     """Turns whatever a decoder raises into InvalidInput."""
@@ -90,7 +111,9 @@ def _open_image(encoded: bytes) -> Image.Image:
         raise InvalidInput("image is empty, expected an encoded picture file")
     if len(encoded) > MAX_IMAGE_BYTES:
         raise InvalidInput(f"image has {len(encoded)} bytes, the limit is {MAX_IMAGE_BYTES}")
-    image = Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS)
+    if encoded.startswith(_PLAIN_PPM) and len(encoded) > MAX_PLAIN_PPM_BYTES:
+        raise InvalidInput(f"image is a plain-text PPM of {len(encoded)} bytes, the limit is {MAX_PLAIN_PPM_BYTES}")
+    image = Image.open(_CountedReads(encoded), formats=IMAGE_FORMATS)
     _check_size(image)
     _check_frames(image)
     # A scan of any other JPEG costs its own bytes; only a progressive one can say much with few.
@@ -103,6 +126,8 @@ def _check_size(image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_IMAGE_PIXELS:
         raise InvalidInput(f"image has {width} x {height} pixels, the limit is {MAX_IMAGE_PIXELS} in all")
+    if max(width, height) > MAX_IMAGE_SIDE:
+        raise InvalidInput(f"image has {width} x {height} pixels, the limit of a side is {MAX_IMAGE_SIDE}")
     if width == 0 or height == 0:
         raise InvalidInput(f"image has {width} x {height} pixels, expected at least 1 x 1")
 

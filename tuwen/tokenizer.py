@@ -27,6 +27,9 @@ VOCAB_PATH = Path(__file__).parent / "vocab.txt"
 # A caption is cut to 52 tokens; nobody's query is longer than this, and the bound keeps one request cheap.
 MAX_TEXT_CHARS = 4096
 
+# The vocabulary knows 8,012 characters.
+MAX_TABLE_ENTRIES = 2**15
+
 # The ideograph blocks BERT separates by spaces; source: google-research/bert tokenization.py.
 _IDEOGRAPHS = (
     (0x4E00, 0x9FFF),
@@ -65,15 +68,26 @@ def check_text(encoded: bytes) -> str:
     return text
 
 
-class _CleanTable(dict[int, str | None]):
-    """str.translate table: control characters vanish, white space becomes a space, ideographs stand alone."""
+class _Table(dict[int, str | None]):
+    """str.translate table that fills itself, and forgets all when it holds more than any language writes.
+
+    Without that bound a stream of odd characters would fill a server's memory: 1.1 million entries a table.
+    """
 
     def __missing__(self, codepoint: int) -> str | None:
+        if len(self) >= MAX_TABLE_ENTRIES:
+            self.clear()
         self[codepoint] = replacement = self._replacement(codepoint)
         return replacement
 
-    @staticmethod
-    def _replacement(codepoint: int) -> str | None:
+    def _replacement(self, codepoint: int) -> str | None:
+        raise NotImplementedError
+
+
+class _CleanTable(_Table):
+    """Control characters vanish, white space becomes a space, ideographs stand alone."""
+
+    def _replacement(self, codepoint: int) -> str | None:
         char = chr(codepoint)
         category = unicodedata.category(char)
         if char in "\t\n\r" or category == "Zs":
@@ -83,16 +97,15 @@ class _CleanTable(dict[int, str | None]):
         return f" {char} " if any(low <= codepoint <= high for low, high in _IDEOGRAPHS) else char
 
 
-class _SplitTable(dict[int, str | None]):
-    """str.translate table: accents vanish, punctuation stands alone."""
+class _SplitTable(_Table):
+    """Accents vanish, punctuation stands alone."""
 
-    def __missing__(self, codepoint: int) -> str | None:
+    def _replacement(self, codepoint: int) -> str | None:
         char = chr(codepoint)
         category = unicodedata.category(char)
         # Every ASCII character that is neither letter nor digit counts as punctuation, "$" and "^" too.
         is_punctuation = category.startswith("P") or (33 <= codepoint <= 126 and not char.isalnum())
-        self[codepoint] = replacement = None if category == "Mn" else f" {char} " if is_punctuation else char
-        return replacement
+        return None if category == "Mn" else f" {char} " if is_punctuation else char
 
 
 _CLEAN, _SPLIT = _CleanTable(), _SplitTable()

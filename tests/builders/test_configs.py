@@ -217,7 +217,7 @@ def test_drift_is_noticed(repository: Path, path: Path) -> None:
 def test_a_config_tuned_by_hand_survives_a_build(repository: Path) -> None:
     """Without overwrite only what is missing is written; with it, all is as rendered."""
     tuned, missing = Path("vit_b_16_text_tower/config.pbtxt"), Path("vit_b_16_image_tower/config.pbtxt")
-    text = (repository / tuned).read_text(encoding="utf-8").replace("count: 1", "count: 4")
+    text = (repository / tuned).read_text(encoding="utf-8").replace("count: 2", "count: 4")
     assert "count: 4" in text
     (repository / tuned).write_text(text, encoding="utf-8")
     (repository / missing).unlink()

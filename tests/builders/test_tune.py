@@ -19,16 +19,17 @@ def read(path: Path) -> pb.ModelConfig:
 
 
 def test_candidates_use_every_core_and_few_copies_of_the_weights() -> None:
-    assert candidates(1) == [Candidate(1, 1)]
-    assert candidates(2) == [Candidate(1, 2), Candidate(2, 1)]
-    assert candidates(16) == [Candidate(1, 16), Candidate(2, 8), Candidate(4, 4)]
-    assert candidates(7) == [Candidate(1, 7)]
+    assert candidates(1) == [Candidate(1, 1), Candidate(2, 1)]
+    assert candidates(2) == [Candidate(1, 2), Candidate(2, 2), Candidate(2, 1)]
+    assert candidates(16) == [Candidate(1, 16), Candidate(2, 16), Candidate(2, 8), Candidate(4, 4)]
+    assert candidates(7) == [Candidate(1, 7), Candidate(2, 7)]
 
 
 def test_throughput_decides_unless_a_lone_request_suffers() -> None:
     one, two = Measured(Candidate(1, 2), 100, 10.0), Measured(Candidate(2, 1), 120, 20.0)
     assert choose([one, two]) == one
     assert choose([one, Measured(Candidate(2, 1), 120, 12.0)]).candidate == Candidate(2, 1)
+    assert choose([one, Measured(Candidate(2, 1), 102, 12.0)]) == one, "not worth a second copy of the weights"
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +40,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "repository"
 
 
-def test_a_tuned_config_differs_only_in_what_was_measured(built: Path) -> None:
+@pytest.mark.triton
+def test_a_tuned_config_differs_only_in_what_was_measured(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builders.tune.PASSES", 1)
+    monkeypatch.setattr("builders.tune._ROUND_S", 0.3)
     by_hand = built / "small_text_tower" / "config.pbtxt"
     by_hand.write_text(by_hand.read_text().replace("max_queue_size: 256", "max_queue_size: 99"))
-    written = tune(built, "small", 1, 32, num_cores=2)
+    written = tune(built, "small", 32, num_cores=2)
     assert [path.parent.parent.name for path in written] == [
         "small_text_tower", "small_image_tower", "preprocess_image_32",
     ]  # fmt: skip
@@ -51,9 +55,10 @@ def test_a_tuned_config_differs_only_in_what_was_measured(built: Path) -> None:
         count = tuned.instance_group[0].count
         assert 1 <= count <= 2
         if "tower" in path.parent.parent.name:
-            assert count * int(tuned.parameters["intra_op_thread_count"].string_value) == 2
-            assert path.read_text().count(" threads: ") == 2, "the header has every candidate's measurement"
+            assert int(tuned.parameters["intra_op_thread_count"].string_value) in (1, 2)
+            assert path.read_text().count(" threads: ") == 3, "the header has every candidate's measurement"
             del tuned.parameters["intra_op_thread_count"]
         tuned.instance_group[0].count = original.instance_group[0].count
         assert tuned == original
     assert "max_queue_size: 99" in written[0].read_text()
+    assert not list(built.glob(".tune-*"))

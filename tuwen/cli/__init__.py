@@ -13,6 +13,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from tuwen.cli.answers import calibrate, classifier_app
+from tuwen.cli.bench import bench_app
 from tuwen.cli.console import stderr
 from tuwen.cli.data import data_app
 from tuwen.cli.model import build, eval_app, render, train
@@ -29,6 +30,7 @@ app.add_typer(data_app, name="data")
 app.command()(train)
 app.add_typer(eval_app, name="eval")
 app.add_typer(classifier_app, name="classifier")
+app.add_typer(bench_app, name="bench")
 for command in (build, render, serve, search, calibrate):
     app.command()(command)
 
@@ -37,7 +39,8 @@ def main() -> None:
     """Entry point: our own errors become one sentence; anything else is a bug and keeps its traceback."""
     handler = RichHandler(console=stderr, show_time=False, show_level=False, show_path=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for chatty in ("httpx", "matplotlib"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         app()
     except Exception as error:

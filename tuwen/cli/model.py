@@ -83,7 +83,7 @@ def build(
 
     with stderr.status("building") as status:
         result = run_build(checkpoint, name, repository, model_version, status.update, precision.value)
-        tuned = run_tune(repository, result.name, result.version, result.resolution, status.update) if tune else []
+        tuned = run_tune(repository, result.name, result.resolution, status.update) if tune else []
     if as_json:
         parity = {kind: vars(measured) for kind, measured in result.parity.items()}
         print(

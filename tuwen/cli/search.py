@@ -35,7 +35,7 @@ def search(
 
     pictures = _gallery(images)
     skipped: list[InvalidInput] = []
-    with _server(repository) if start_server else nullcontext(url) as address, Client(address, model) as client:
+    with embedded_server(repository) if start_server else nullcontext(url) as address, Client(address, model) as client:
         with progress_bar("embedding pictures") as report:
             matches = rank_pictures(
                 client, queries, pictures, top, lambda done: report(done, len(pictures)), skipped.append
@@ -82,13 +82,20 @@ def _gallery(path: Path) -> list[Picture]:
 
 
 @contextmanager
-def _server(repository: Path) -> Iterator[str]:
+def embedded_server(repository: Path) -> Iterator[str]:
     """The embedded server on free ports of loopback; yields its gRPC address."""
     from tuwen.serving.ports import free_ports
     from tuwen.serving.server import EmbeddedServer
 
     grpc_port, http_port, metrics_port = free_ports(3)
-    server = EmbeddedServer(repository, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
+    server = EmbeddedServer(
+        repository,
+        grpc_port=grpc_port,
+        http_port=http_port,
+        metrics_port=metrics_port,
+        cache_size_bytes=0,  # nothing is asked twice, or all is to be measured
+        model_config_name="tuned",
+    )
     try:
         with stderr.status("starting Triton"):
             endpoints = server.start()
