@@ -17,7 +17,7 @@ SIZE = 1 << 16
 
 
 def ours() -> set[Path]:
-    return set(SHM_DIR.glob("tuwen_client_*"))
+    return set(SHM_DIR.glob(f"tuwen_client_{os.getpid()}_*"))
 
 
 def more_than_there_is() -> int:

@@ -199,7 +199,9 @@ def test_gzip_and_headers_change_no_row(client: Client, texts: list[str]) -> Non
 
 def test_a_text_that_is_cut_is_told(client: Client) -> None:
     cut: list[int] = []
-    client.embed_text(["猫", "猫" * 60, "狗", "狗" * 50, "狗" * 51], on_truncated=cut.append)
+    texts = ["猫", "猫" * 60, "狗", "狗" * 50, "狗" * 51]
+    client.embed_text(texts)  # so that the server has them in its cache
+    client.embed_text(texts, on_truncated=cut.append)
     assert cut == [1, 4]  # 52 tokens, [CLS] and [SEP] among them
 
 
@@ -244,23 +246,37 @@ def test_an_image_that_cannot_be_scored_is_named(client: Client, files: list[byt
 def test_one_of_two_servers_goes_and_every_row_arrives(
     is_orderly: bool, sample_server: EmbeddedServer, sample_repository: Path, client: Client
 ) -> None:
-    many = [f"第{number}张图" for number in range(1500)]
-    expected = client.embed_text(many)
+    gone = threading.Event()
+    sent: list[str] = []
+
+    def until_gone_and_more() -> Iterator[str]:
+        after = 0
+        while after < 200:
+            sent.append(f"第{len(sent)}张图")
+            yield sent[-1]
+            after += gone.is_set()
+
     with some_ports().serve(sample_repository) as doomed:
 
-        def end(done: int) -> None:
-            if done == 300 and is_orderly:
-                threading.Thread(target=doomed.stop).start()
-            elif done == 300:
+        def end() -> None:
+            if is_orderly:
+                doomed.stop()
+            else:
                 assert doomed.pid is not None
                 os.kill(doomed.pid, signal.SIGKILL)
+            gone.set()
 
         with Client([doomed.endpoints.grpc, sample_server.endpoints.grpc]) as both:
-            rows = both.embed_text(many, on_progress=end)
+            rows = []
+            for row in both.iter_embed_text(until_gone_and_more()):
+                rows.append(row)
+                if len(rows) == 300:
+                    threading.Thread(target=end).start()
             assert both._endpoints.all[0].failures, "it was used, and found gone"
             assert both.is_ready()
             assert both.models() == ["tiny_rn"]
-    assert np.allclose(rows, expected, atol=TOLERANCE)
+    assert len(rows) == len(sent)
+    assert np.allclose(rows, client.embed_text(sent), atol=TOLERANCE)
 
 
 def test_the_only_server_that_stops_is_unavailable(sample_repository: Path) -> None:

@@ -37,7 +37,7 @@ def region_of(client: Client) -> Region:
 
 
 def left_behind() -> list[str]:
-    return [path.name for path in SHM_DIR.glob("tuwen_client_*")]
+    return [path.name for path in SHM_DIR.glob(f"tuwen_client_{os.getpid()}_*")]
 
 
 def await_idle(region: Region) -> None:

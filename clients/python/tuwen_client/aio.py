@@ -29,12 +29,13 @@ from tuwen_client.core import (
     embed_dim_of,
     missing_row,
     names_of_pairs,
+    tell_truncated,
 )
 from tuwen_client.endpoints import Endpoint
 from tuwen_client.errors import InvalidInput, ModelNotFound, TuwenError
 from tuwen_client.images import ImageLike
 from tuwen_client.options import Priority
-from tuwen_client.sides import IMAGE, MEASURED_TEXT, TEXT, Embedded, Job, Row, many_images, many_texts
+from tuwen_client.sides import IMAGE, TEXT, Embedded, Job, Row, many_images, many_texts
 from tuwen_client.tracing import client_span
 from tuwen_client.transport import response_of
 
@@ -198,8 +199,7 @@ class AsyncClient(Core):
         on_truncated: TruncatedHook | None,
     ) -> AsyncGenerator[Row]:
         items: Any = texts if isinstance(texts, AsyncIterable) else many_texts(texts)
-        job = MEASURED_TEXT if on_truncated else TEXT
-        return self._rows(operation, items, job, asked, on_invalid, on_truncated)
+        return self._rows(operation, items, TEXT, asked, on_invalid, on_truncated)
 
     def _image_rows(
         self, operation: str, images: Items[ImageLike], asked: Asked, on_invalid: InvalidHook | None
@@ -234,8 +234,8 @@ class AsyncClient(Core):
                 if call.error is not None:
                     yield missing_row(await self.embed_dim())
                     continue
-                if on_truncated and call.answer.is_truncated:
-                    on_truncated(call.index)
+                if on_truncated:
+                    tell_truncated(call, on_truncated)
                 yield call.answer.row
 
     async def _judged(self, operation: str, images: Iterable[ImageLike], job: Job[Answer], asked: Asked) -> Any:

@@ -69,11 +69,10 @@ def scores_job(texts: Iterable[str], calibration: str | None) -> Job[Scores]:
     shared = [bytes_tensor("texts", [encode_text(text) for text in many_texts(texts)])]
 
     def read(arrays: Mapping[str, Array]) -> Scores:
-        probs, cosine, logits_per_image = (arrays[name].copy() for name in outputs)
+        probs, cosine, logits_per_image = (arrays[name].copy() for name in ("probs", "cosine", "logits_per_image"))
         return Scores(probs, cosine, logits_per_image, *_judgement(arrays))
 
-    outputs = ("probs", "cosine", "logits_per_image")
-    return _job("similarity", outputs, shared, calibration, read)
+    return _job("similarity", shared, calibration, read)
 
 
 def classes_job(
@@ -97,7 +96,7 @@ def classes_job(
         names = tuple(label.decode() for label in arrays["labels"])
         return Classes(names, arrays["probs"].copy(), arrays["logits_per_image"].copy(), *_judgement(arrays))
 
-    return _job("zero_shot", ("labels", "probs", "logits_per_image"), shared, calibration, read)
+    return _job("zero_shot", shared, calibration, read)
 
 
 def chunks(images: Iterable[ImageLike]) -> Iterator[list[ImageLike]]:
@@ -136,19 +135,17 @@ def blame_image(error: TuwenError) -> TuwenError:
 
 def _job(
     model_suffix: str,
-    outputs: tuple[str, ...],
     shared: list[Tensor],
     calibration: str | None,
     read: Callable[[Mapping[str, Array]], Answer],
 ) -> Job[Answer]:
     if calibration is not None:
         shared.append(bytes_tensor("calibration", [encode_text(calibration)]))
-        outputs = (*outputs, "relevance", "no_match")
 
     def pack(chunk: Any) -> list[Tensor]:
         return [bytes_tensor("images", [_encoded(position, image) for position, image in enumerate(chunk)]), *shared]
 
-    return Job(model_suffix, outputs, pack, read, lambda chunk: f"{len(chunk)} images", is_slow=lambda chunk: True)  # type: ignore[arg-type]
+    return Job(model_suffix, pack, read, lambda chunk: f"{len(chunk)} images", is_slow=lambda chunk: True)  # type: ignore[arg-type]
 
 
 def _encoded(position: int, image: ImageLike) -> bytes:

@@ -31,12 +31,13 @@ from tuwen_client.core import (
     missing_row,
     names_of_pairs,
     now,
+    tell_truncated,
 )
 from tuwen_client.endpoints import Endpoint
 from tuwen_client.errors import InvalidInput, ModelNotFound, TuwenError
 from tuwen_client.images import ImageLike
 from tuwen_client.options import Priority
-from tuwen_client.sides import IMAGE, MEASURED_TEXT, TEXT, Embedded, Job, Row, many_images, many_texts
+from tuwen_client.sides import IMAGE, TEXT, Embedded, Job, Row, many_images, many_texts
 from tuwen_client.tracing import client_span
 from tuwen_client.transport import response_of
 
@@ -246,8 +247,7 @@ class Client(Core):
         on_invalid: InvalidHook | None,
         on_truncated: TruncatedHook | None,
     ) -> Iterator[Row]:
-        job = MEASURED_TEXT if on_truncated else TEXT
-        return self._rows(operation, many_texts(texts), job, asked, on_invalid, on_truncated)
+        return self._rows(operation, many_texts(texts), TEXT, asked, on_invalid, on_truncated)
 
     def _collect(self, rows: Iterator[Row], on_progress: ProgressHook | None) -> Row:
         finished: list[Row] = []
@@ -275,8 +275,8 @@ class Client(Core):
                 if call.error is not None:
                     yield missing_row(self.embed_dim)
                     continue
-                if on_truncated and call.answer.is_truncated:
-                    on_truncated(call.index)
+                if on_truncated:
+                    tell_truncated(call, on_truncated)
                 yield call.answer.row
 
     def _judged(self, operation: str, images: Iterable[ImageLike], job: Job[Answer], asked: Asked) -> Any:

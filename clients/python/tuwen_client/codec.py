@@ -52,6 +52,7 @@ def infer_request(
     """A ModelInferRequest.
 
     Args:
+        outputs: names of those that are wanted; none named: all there are.
         timeout_s: for how long the answer is of use: the server drops it from a queue after that.
         span: where the first tensor's data lies, if not in the message.
     """

@@ -52,6 +52,10 @@ TruncatedHook = Callable[[int], None]
 # Two full batches of the server's 32: one computes while the next one queues. `python -m perf.client_window` measures.
 DEFAULT_MAX_IN_FLIGHT = 64
 
+# Triton's cache keeps of an answer what its first asker wanted, and gives the next one no more: so that a text is of
+# use to all, everyone asks for everything.
+_ALL_OUTPUTS = ()
+
 now = time.monotonic
 
 
@@ -254,7 +258,7 @@ class Flight(Generic[Answer]):
         request = infer_request(
             self._model,
             tensors,
-            (*self._job.outputs, "fingerprint"),
+            _ALL_OUTPUTS,
             self._asked.priority_level,
             attempt.timeout_s,
             lease.span if lease else None,
@@ -353,6 +357,20 @@ def listed(served: Iterable[str]) -> str:
 def missing_row(embed_dim: int) -> Row:
     """In place of an item that was refused."""
     return np.full(embed_dim, np.nan, np.float32)
+
+
+def tell_truncated(call: Call, hook: TruncatedHook) -> None:
+    """Tell a hook of a text that was cut.
+
+    Raises:
+        TuwenError: the answer does not say.
+    """
+    if call.answer.is_truncated is None:
+        error = TuwenError("the server's cache holds an answer without `truncated`: another client asked for less")
+        error.index = call.index
+        raise error
+    if call.answer.is_truncated:
+        hook(call.index)
 
 
 def add_finished(error: TuwenError, finished: Sequence[Row]) -> None:

@@ -27,7 +27,6 @@ class Job(Generic[Answer]):
 
     Attributes:
         model_suffix: ending of the served model's name.
-        outputs: names of the tensors asked for, besides `fingerprint`.
         pack: an item's tensors; raises InvalidInput for what cannot be sent.
         read: the answer, from the outputs by name.
         describe: an item in a few words, for an error.
@@ -36,7 +35,6 @@ class Job(Generic[Answer]):
     """
 
     model_suffix: str
-    outputs: tuple[str, ...]
     pack: Callable[[object], Sequence[Tensor]]
     read: Callable[[Mapping[str, Array]], Answer]
     describe: Callable[[object], str]
@@ -46,10 +44,10 @@ class Job(Generic[Answer]):
 
 @dataclass(frozen=True)
 class Embedded:
-    """float32 (D,) of one item, and whether its text was cut to fit."""
+    """float32 (D,) of one item, and whether its text was cut to fit; None where the answer does not say."""
 
     row: Row
-    is_truncated: bool = False
+    is_truncated: bool | None = None
 
 
 def text_tensors(text: object) -> Sequence[Tensor]:
@@ -94,22 +92,17 @@ def many_images(images: Iterable[ImageLike]) -> Iterable[ImageLike]:
 
 
 def _read_text(outputs: Mapping[str, Array]) -> Embedded:
-    return Embedded(outputs["text_embeds"][0].copy())
-
-
-def _read_measured_text(outputs: Mapping[str, Array]) -> Embedded:
-    return Embedded(outputs["text_embeds"][0].copy(), bool(outputs["truncated"].ravel()[0]))
+    truncated = outputs.get("truncated")
+    return Embedded(outputs["text_embeds"][0].copy(), None if truncated is None else bool(truncated.ravel()[0]))
 
 
 def _read_image(outputs: Mapping[str, Array]) -> Embedded:
     return Embedded(outputs["image_embeds"][0].copy())
 
 
-TEXT = Job("text", ("text_embeds",), text_tensors, _read_text, describe_text)
-MEASURED_TEXT = Job("text", ("text_embeds", "truncated"), text_tensors, _read_measured_text, describe_text)
+TEXT = Job("text", text_tensors, _read_text, describe_text)
 IMAGE = Job(
     "image",
-    ("image_embeds",),
     image_tensors,
     _read_image,
     describe_image,
