@@ -95,6 +95,8 @@ def build(
         for kind in TOWERS:
             _place(staging / kind, repository / f"{name}_{kind}_tower" / str(model_version))
             (repository / f"{name}_{kind}" / str(model_version)).mkdir(exist_ok=True)
+        # A version is part of the cache's key: new weights never meet old answers.
+        (repository / f"{name}_text_cached" / str(model_version)).mkdir(exist_ok=True)
     return BuildResult(
         name, model_version, fingerprint, model.spec.vision.resolution, parity, repository, precision, int8_cost
     )

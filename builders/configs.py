@@ -19,12 +19,11 @@ MAX_BATCH_SIZE = 32
 MAX_QUEUE_SIZE = {"interactive": 2 * MAX_BATCH_SIZE, "bulk": 4 * MAX_BATCH_SIZE}
 # What has waited this long is refused too, where a model is slow or hangs: nobody awaits it any more.
 MAX_WAIT_S = {"interactive": 5, "bulk": 25}
-PRIORITIES = ("interactive", "bulk")  # Triton counts from 1 and serves the lower number first
-# Of a tower: while one hands over its answers and takes its next batch, the other computes. Measured with ViT-B-16 on
-# two cores, 16 requests at a time, against bare ONNX Runtime: float32 texts 0.94, with one instance 0.64; int8 pictures
-# 0.96, with one 0.60; float32 pictures, whose batches take a second, 0.94 and 0.96.
-TOWER_INSTANCES = 2
-
+_QUEUE_BOUNDS = tuple(
+    (f"{name}.{priority}", str(number))
+    for name, numbers in (("max_queue_size", MAX_QUEUE_SIZE), ("max_wait_s", MAX_WAIT_S))
+    for priority, number in numbers.items()
+)
 _HEADER = """\
 # Rendered by `tuwen render` from tuwen/specs.py and builders/configs.py; `make test` fails when they differ.
 # {purpose}
@@ -65,7 +64,9 @@ class Model:
         _add_tensors(config, self.inputs, self.outputs)
         config.instance_group.add(count=self.instances, kind=pb.ModelInstanceGroup.KIND_CPU)
         if self.batching:
-            _add_dynamic_batching(config)
+            # No delay: a lone request would wait for company in vain, and under load the queue is company enough.
+            # No queue policy: see tuwen/serving/request_queue.py; the bounds are parameters.
+            config.dynamic_batching.SetInParent()
         for name, kind in self.batch_inputs:
             config.batch_input.add(
                 kind=kind, target_name=[name], data_type="TYPE_INT32", source_input=[self.inputs[0].name]
@@ -99,7 +100,6 @@ class Ensemble:
     steps: tuple[Step, ...]
     purpose: str
     change: str
-    # An answer to the same input is kept, and given again without any step being run.
     cached: bool = False
 
     def to_proto(self) -> pb.ModelConfig:
@@ -112,19 +112,6 @@ class Ensemble:
             added.input_map.update(dict(step.inputs))
             added.output_map.update(dict(step.outputs))
         return config
-
-
-def _add_dynamic_batching(config: pb.ModelConfig) -> None:
-    batching = config.dynamic_batching
-    # No delay: a lone request would wait for company in vain, and under load the queue is company enough.
-    batching.priority_levels = len(PRIORITIES)
-    batching.default_priority_level = 1 + PRIORITIES.index("bulk")
-    for level, name in enumerate(PRIORITIES, start=1):
-        policy = batching.priority_queue_policy[level]
-        policy.timeout_action = pb.ModelQueuePolicy.REJECT
-        policy.allow_timeout_override = True  # a client's own time-out, so that nobody computes what nobody awaits
-        policy.default_timeout_microseconds = MAX_WAIT_S[name] * 1_000_000
-        policy.max_queue_size = MAX_QUEUE_SIZE[name]
 
 
 def _add_tensors(config: pb.ModelConfig, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
@@ -162,7 +149,7 @@ def tokenize_text() -> Model:
         inputs=(_TEXT,),
         outputs=(_INPUT_IDS, *_TOKEN_COUNT),
         purpose="Chinese text, UTF-8 -> input_ids [L] without padding, L = num_tokens. For all models.",
-        change="Change here: instance_group, priority_queue_policy.",
+        change="Change here: instance_group.",
     )
 
 
@@ -172,10 +159,9 @@ def preprocess_image(resolution: int) -> Model:
         backend="python",
         inputs=(_IMAGE,),
         outputs=(_pixel_values(resolution),),
-        instances=2,
-        parameters=(("resolution", str(resolution)),),
+        parameters=(("resolution", str(resolution)), ("decoders", "0"), *_QUEUE_BOUNDS),
         purpose=f"An encoded picture file -> pixel_values [3, {resolution}, {resolution}], for models of this size.",
-        change="Change here: instance_group, one per core that may decode at once.",
+        change="Change here: decoders, how many pictures are decoded at once (0: one a core); the queue's bounds.",
     )
 
 
@@ -185,7 +171,7 @@ def text_tower(spec: ModelSpec, name: str) -> Model:
         backend="onnxruntime",
         inputs=(_PACKED_INPUT_IDS,),
         outputs=(_embeds("text", spec), _FINGERPRINT, _LOGIT_SCALE),
-        instances=TOWER_INSTANCES,
+        parameters=_QUEUE_BOUNDS,
         # The texts of a batch are laid end to end, so that nobody pays for padding.
         batch_inputs=(
             ("text_offsets", "BATCH_ACCUMULATED_ELEMENT_COUNT_WITH_ZERO"),
@@ -204,29 +190,51 @@ def image_tower(spec: ModelSpec, name: str) -> Model:
         backend="onnxruntime",
         inputs=(pixel_values,),
         outputs=(_embeds("image", spec), _FINGERPRINT),
-        instances=TOWER_INSTANCES,
+        parameters=_QUEUE_BOUNDS,
         warmup=(pixel_values.dims,),
         purpose=f"{spec.name}: pixel_values -> image_embeds of unit length, and the model's fingerprint.",
         change=_TOWER_CHANGE,
     )
 
 
-_TOWER_CHANGE = "Change here: instance_group, each with the weights; priority_queue_policy; intra_op_thread_count."
+_TOWER_CHANGE = "Change here: the queue's bounds; instance_group, each with the weights; intra_op_thread_count."
 
 
-def text_ensemble(spec: ModelSpec, name: str) -> Ensemble:
+def cached_text_ensemble(spec: ModelSpec, name: str) -> Ensemble:
+    """The steps of a text, whose answer is kept, and given again to the same text without any step being run.
+
+    An ensemble within the one that clients call, because that one always asks for all outputs: Triton's key leaves out
+    which are asked for, and who asks for few would leave few for the next. Not the steps either: of those Triton would
+    keep refusals too, as answers without outputs (both seen with 2.51).
+    """
     return Ensemble(
-        name=f"{name}_text",
+        name=f"{name}_text_cached",
         inputs=(_TEXT,),
-        outputs=(_embeds("text", spec), _FINGERPRINT, _LOGIT_SCALE, *_TOKEN_COUNT),
+        outputs=_text_outputs(spec),
         steps=(
             Step("tokenize_text", (("text", "text"),), _same("input_ids", "num_tokens", "truncated")),
             Step(f"{name}_text_tower", _same("input_ids"), _same("text_embeds", "fingerprint", "logit_scale")),
         ),
-        purpose=f"{spec.name}: Chinese text -> text_embeds. What clients call.",
-        change="Change here: response_cache, which answers a repeated query, or prompt, without computing it.",
+        purpose=f"{spec.name}: Chinese text -> text_embeds, out of the cache where it was asked before.",
+        change="Change here: response_cache. Clients call the ensemble around this one.",
         cached=True,
     )
+
+
+def text_ensemble(spec: ModelSpec, name: str) -> Ensemble:
+    outputs = _text_outputs(spec)
+    return Ensemble(
+        name=f"{name}_text",
+        inputs=(_TEXT,),
+        outputs=outputs,
+        steps=(Step(f"{name}_text_cached", _same("text"), _same(*(output.name for output in outputs))),),
+        purpose=f"{spec.name}: Chinese text -> text_embeds. What clients call.",
+        change="Nothing to change here: an ensemble only joins its steps; tune those.",
+    )
+
+
+def _text_outputs(spec: ModelSpec) -> tuple[Tensor, ...]:
+    return (_embeds("text", spec), _FINGERPRINT, _LOGIT_SCALE, *_TOKEN_COUNT)
 
 
 def image_ensemble(spec: ModelSpec, name: str) -> Ensemble:

@@ -40,6 +40,7 @@ def rendered_files(spec: ModelSpec, name: str) -> dict[Path, str]:
         preprocess,
         configs.text_tower(spec, name),
         configs.image_tower(spec, name),
+        configs.cached_text_ensemble(spec, name),
         configs.text_ensemble(spec, name),
         configs.image_ensemble(spec, name),
         configs.similarity(spec, name),

@@ -118,14 +118,19 @@ def tune(
         chosen = choose(measured)
         rates[kind] = chosen.items_per_s
         notes = [each.describe() for each in measured]
-        written.append(_write(repository / f"{name}_{kind}_tower", chosen.candidate, notes))
+        model_dir = repository / f"{name}_{kind}_tower"
+        config = _configured(model_dir / "config.pbtxt", chosen.candidate)
+        written.append(_write(model_dir, config, "instance_group, intra_op_thread_count", notes))
     on_stage("tuning the decoders")
     decode_ms = _decode_ms(photograph, resolution)
     # As many as keep the tower busy, and one more, so that decoding is never what is waited for.
     decoders = min(max(cores, 2), 1 + -(-int(rates["image"] * decode_ms) // 1000))
     width, height = _PHOTOGRAPH
     note = f"{decode_ms:.1f} ms a picture of {width} x {height}; the tower takes {rates['image']:.1f}/s"
-    written.append(_write(repository / f"preprocess_image_{resolution}", Candidate(decoders, 0), [note]))
+    model_dir = repository / f"preprocess_image_{resolution}"
+    config = _read(model_dir / "config.pbtxt")
+    config.parameters["decoders"].string_value = str(decoders)
+    written.append(_write(model_dir, config, "decoders", [note]))
     return written
 
 
@@ -220,12 +225,15 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def _read(path: Path) -> pb.ModelConfig:
+    return text_format.Parse(path.read_text(encoding="utf-8"), pb.ModelConfig())
+
+
 def _configured(path: Path, way: Candidate) -> pb.ModelConfig:
-    """The config with the instances, and threads where they count, of a candidate."""
-    config = text_format.Parse(path.read_text(encoding="utf-8"), pb.ModelConfig())
+    """The config with the instances and threads of a candidate."""
+    config = _read(path)
     config.instance_group[0].count = way.instances
-    if way.threads:
-        config.parameters["intra_op_thread_count"].string_value = str(way.threads)
+    config.parameters["intra_op_thread_count"].string_value = str(way.threads)
     return config
 
 
@@ -233,12 +241,12 @@ def _text(config: pb.ModelConfig) -> str:
     return str(text_format.MessageToString(config, use_short_repeated_primitives=True, as_utf8=True))
 
 
-def _write(model_dir: Path, chosen: Candidate, measured: Sequence[str]) -> Path:
+def _write(model_dir: Path, config: pb.ModelConfig, changed: str, measured: Sequence[str]) -> Path:
     header = [
         "Written by `tuwen build --tune` on this machine; `tuwen serve` loads it instead of ../config.pbtxt.",
         *measured,
-        "Change here: instance_group, intra_op_thread_count; or remove the file.",
+        f"Change here: {changed}; or remove the file.",
     ]
     path = model_dir / "configs" / f"{TUNED_CONFIG}.pbtxt"
-    write_text(path, "".join(f"# {line}\n" for line in header) + _text(_configured(model_dir / "config.pbtxt", chosen)))
+    write_text(path, "".join(f"# {line}\n" for line in header) + _text(config))
     return path

@@ -108,8 +108,10 @@ def most_waiting(bench: Bench) -> int:
     """Requests that the text tower's queues hold, and two batches under way, by the config that is served."""
     with triton.InferenceServerClient(bench.server.endpoints.grpc) as server:
         config = server.get_model_config(f"{FP32}_text_tower").config
-    queues = sum(policy.max_queue_size for policy in config.dynamic_batching.priority_queue_policy.values())
-    return int(queues + 2 * config.max_batch_size)
+    queues = sum(
+        int(value.string_value) for key, value in config.parameters.items() if key.startswith("max_queue_size.")
+    )
+    return queues + 2 * int(config.max_batch_size)
 
 
 def measure_capacity(bench: Bench, texts: list[str]) -> float:

@@ -29,6 +29,7 @@ def models_of(spec: ModelSpec, name: str) -> list[configs.Model | configs.Ensemb
         configs.preprocess_image(spec.vision.resolution),
         configs.text_tower(spec, name),
         configs.image_tower(spec, name),
+        configs.cached_text_ensemble(spec, name),
         configs.text_ensemble(spec, name),
         configs.image_ensemble(spec, name),
     ]
@@ -74,6 +75,7 @@ def test_names_and_dims_follow_the_spec(spec: ModelSpec) -> None:
         f"preprocess_image_{side}": {"image": image, "pixel_values": pixel_values},
         f"{slug}_text_tower": {"input_ids": input_ids} | of_text,
         f"{slug}_image_tower": {"pixel_values": pixel_values, "image_embeds": embeds, "fingerprint": fingerprint},
+        f"{slug}_text_cached": {"text": text} | of_text | counts,
         f"{slug}_text": {"text": text} | of_text | counts,
         f"{slug}_image": {"image": image, "image_embeds": embeds, "fingerprint": fingerprint},
     }
@@ -84,7 +86,7 @@ def test_ensembles_join_what_fits(spec: ModelSpec) -> None:
     """Each step's model exists, has the tensors it is mapped by, and both ends of a mapping agree in type and dims."""
     models = parsed(spec, spec.slug)
     ensembles = [config for config in models.values() if config.platform == "ensemble"]
-    assert len(ensembles) == 2
+    assert len(ensembles) == 3
     for ensemble in ensembles:
         wires = tensors(ensemble)
         for step in ensemble.ensemble_scheduling.step:
@@ -94,6 +96,13 @@ def test_ensembles_join_what_fits(spec: ModelSpec) -> None:
             assert set(step.input_map) == {one.name for one in model.input}
         produced = {wire for step in ensemble.ensemble_scheduling.step for wire in step.output_map.values()}
         assert {one.name for one in ensemble.output} <= produced
+
+
+def test_the_cache_is_within_an_ensemble_that_always_asks_for_everything() -> None:
+    found = parsed(VIT_B_16, "vit_b_16")
+    assert [name for name, config in found.items() if config.response_cache.enable] == ["vit_b_16_text_cached"]
+    (step,) = found["vit_b_16_text"].ensemble_scheduling.step
+    assert set(step.output_map) == {output.name for output in found["vit_b_16_text_cached"].output}
 
 
 def test_what_varies_in_size_is_ragged_where_it_is_batched() -> None:
@@ -114,14 +123,22 @@ def test_the_text_tower_is_told_where_texts_begin() -> None:
     assert {source for one in made for source in one.source_input} == {"input_ids"}
 
 
-def test_every_queue_is_bounded() -> None:
-    """By priority; a request without one is bulk."""
-    for config in parsed(VIT_B_16, "vit_b_16").values():
-        if config.platform != "ensemble":
-            policies = config.dynamic_batching.priority_queue_policy
-            assert [policies[level].max_queue_size for level in (1, 2)] == [64, 128]
-            assert [policies[level].default_timeout_microseconds for level in (1, 2)] == [5_000_000, 25_000_000]
-            assert config.dynamic_batching.default_priority_level == 2
+def test_every_queue_that_may_grow_is_bounded() -> None:
+    """In the model's own process: with a policy Triton's own queue stalls, see tuwen/serving/request_queue.py."""
+    bounded = set()
+    for name, config in parsed(VIT_B_16, "vit_b_16").items():
+        assert not config.dynamic_batching.HasField("default_queue_policy")
+        assert not config.dynamic_batching.priority_levels
+        if "max_queue_size.bulk" in config.parameters:
+            bounded.add(name)
+            values = {key: config.parameters[key].string_value for key in config.parameters if key.startswith("max_")}
+            assert values == {
+                "max_queue_size.interactive": "64",
+                "max_queue_size.bulk": "128",
+                "max_wait_s.interactive": "5",
+                "max_wait_s.bulk": "25",
+            }
+    assert bounded == {"preprocess_image_224", "vit_b_16_text_tower", "vit_b_16_image_tower"}
 
 
 def test_towers_warm_up_with_their_own_input() -> None:
@@ -153,7 +170,7 @@ def test_another_name_shares_what_is_shared() -> None:
     files = rendered_files(VIT_B_16, "shop")
     assert {path.parts[0] for path in files} == {
         "tokenize_text", "preprocess_image_224", "shop_text", "shop_image", "shop_text_tower", "shop_image_tower",
-        "shop_similarity", "shop_zero_shot",
+        "shop_text_cached", "shop_similarity", "shop_zero_shot",
     }  # fmt: skip
     assert not [text for path, text in files.items() if path.name == "config.pbtxt" and "vit_b_16" in text]
 
@@ -217,7 +234,7 @@ def test_drift_is_noticed(repository: Path, path: Path) -> None:
 def test_a_config_tuned_by_hand_survives_a_build(repository: Path) -> None:
     """Without overwrite only what is missing is written; with it, all is as rendered."""
     tuned, missing = Path("vit_b_16_text_tower/config.pbtxt"), Path("vit_b_16_image_tower/config.pbtxt")
-    text = (repository / tuned).read_text(encoding="utf-8").replace("count: 2", "count: 4")
+    text = (repository / tuned).read_text(encoding="utf-8").replace("count: 1", "count: 4")
     assert "count: 4" in text
     (repository / tuned).write_text(text, encoding="utf-8")
     (repository / missing).unlink()

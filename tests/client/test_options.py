@@ -53,7 +53,7 @@ def test_retry_and_tls_check_themselves(tmp_path: Path) -> None:
 def test_a_message_carries_priority_and_deadline() -> None:
     tensor = bytes_tensor("text", ["猫".encode(), b""], (2, 1))
     message = infer_request("m", [tensor], ["text_embeds"], 1, 1.5)
-    assert message.parameters["priority"].uint64_param == 1
+    assert message.parameters["queue_priority"].int64_param == 1
     assert message.parameters["timeout"].int64_param == 1_500_000
     assert message.raw_input_contents[0] == b"\x03\0\0\0\xe7\x8c\xab\0\0\0\0"
 

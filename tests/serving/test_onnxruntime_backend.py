@@ -69,12 +69,13 @@ def test_entries_reach_the_session_and_the_run(backend: Any) -> None:
     assert run_options.get_run_config_entry(shrink) == "cpu:0"
 
 
-def test_waiting_threads_do_not_spin_unless_asked_to(backend: Any) -> None:
-    spinning = "session.intra_op.allow_spinning"
+def test_threads_stop_spinning_between_runs_unless_told_otherwise(backend: Any) -> None:
+    stopping = "session.force_spinning_stop"
     options, _ = backend._read_options(config())
-    assert options.get_session_config_entry(spinning) == "0"
-    options, _ = backend._read_options(config(session__intra_op__allow_spinning="1"))
-    assert options.get_session_config_entry(spinning) == "1"
+    assert options.get_session_config_entry(stopping) == "1"
+    options, _ = backend._read_options(config(session__force_spinning_stop="0", session__intra_op__allow_spinning="0"))
+    assert options.get_session_config_entry(stopping) == "0"
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
 
 
 def test_a_client_hears_of_no_path(backend: Any) -> None:

@@ -28,7 +28,7 @@ def test_a_repeated_query_computes_nothing(client: Client, sample_server: Embedd
     after = executions(sample_server)
     for part in ("tokenize_text", "tiny_rn_text_tower"):
         assert after[part][0] == before[part][0]
-    assert after["tiny_rn_text"][1] - before["tiny_rn_text"][1] == 20
+    assert after["tiny_rn_text_cached"][1] - before["tiny_rn_text_cached"][1] == 20
 
 
 def test_the_prompts_of_zero_shot_come_out_of_the_cache(sample_server: EmbeddedServer) -> None:
@@ -40,7 +40,17 @@ def test_the_prompts_of_zero_shot_come_out_of_the_cache(sample_server: EmbeddedS
         after = executions(sample_server)
     assert np.array_equal(first.as_numpy("probs"), second.as_numpy("probs"))
     assert after["tiny_rn_text_tower"][0] == before["tiny_rn_text_tower"][0]
-    assert after["tiny_rn_text"][1] - before["tiny_rn_text"][1] >= 4
+    assert after["tiny_rn_text_cached"][1] - before["tiny_rn_text_cached"][1] >= 4
+
+
+def test_who_asks_for_little_leaves_all_for_the_next(sample_server: EmbeddedServer) -> None:
+    with triton.InferenceServerClient(sample_server.endpoints.grpc) as raw:
+        text = triton.InferInput("text", [1, 1], "BYTES")
+        text.set_data_from_numpy(np.array([["只要一半".encode()]], np.object_))
+        raw.infer("tiny_rn_text", [text], outputs=[triton.InferRequestedOutput("num_tokens")])
+        answer = raw.infer("tiny_rn_text", [text])
+    assert answer.as_numpy("text_embeds").shape == (1, 128)
+    assert answer.as_numpy("fingerprint") is not None
 
 
 def test_a_refusal_is_not_kept(client: Client) -> None:

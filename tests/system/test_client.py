@@ -294,11 +294,11 @@ def test_the_only_server_that_stops_is_unavailable(sample_repository: Path) -> N
 
 @pytest.fixture(scope="module")
 def narrow_repository(sample_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tokeniser's queue for interactive requests holds one."""
+    """The text tower's queue for interactive requests holds one."""
     repository = tmp_path_factory.mktemp("narrow") / "repository"
     shutil.copytree(sample_repository, repository)
-    config = repository / "tokenize_text" / "config.pbtxt"
-    text, changes = re.subn(r"max_queue_size: 64\b", "max_queue_size: 1", config.read_text(encoding="utf-8"))
+    config = repository / "tiny_rn_text_tower" / "config.pbtxt"
+    text, changes = re.subn(r'string_value: "64"', 'string_value: "1"', config.read_text(encoding="utf-8"))
     assert changes == 1
     config.write_text(text, encoding="utf-8")
     return repository

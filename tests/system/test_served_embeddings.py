@@ -115,4 +115,4 @@ def test_the_server_runs_the_committed_config(sample_server: EmbeddedServer, sam
     assert config.backend == "onnxruntime"
     assert config.max_batch_size == 32
     assert config.HasField("dynamic_batching")
-    assert [group.count for group in config.instance_group] == [2]
+    assert [group.count for group in config.instance_group] == [1]

@@ -74,7 +74,9 @@ class ServerControl:
 
     def infer(self, model: str, inputs: Iterable[dict[str, Any]], timeout_s: float) -> None:
         """Ask a model, in Triton's JSON, before all bulk requests; the answer itself is not looked at."""
-        self._ask("POST", f"/v2/models/{model}/infer", {"parameters": {"priority": 1}, "inputs": [*inputs]}, timeout_s)
+        self._ask(
+            "POST", f"/v2/models/{model}/infer", {"parameters": {"queue_priority": 1}, "inputs": [*inputs]}, timeout_s
+        )
 
     def _unloading(self, deadline: float) -> list[str]:
         entries = self._ask("POST", "/v2/repository/index", {}, max(0.1, deadline - time.monotonic()))

@@ -36,7 +36,7 @@ _TEXT_OUTPUTS = ("text_embeds", "fingerprint", "logit_scale", "num_tokens", "tru
 _ANY_RESOLUTION = 32  # whether a picture can be read does not depend on it
 # What Triton 2.51 says of a part that died, is being loaded, or stops.
 _RESTARTING = re.compile(r"is not healthy|is not ready|no available versions|Server is stopping|Server not ready")
-_WRAPPING = re.compile(r"^(?:in ensemble '[^']*', )?(?:\[request id: [^\]]*\] )?")
+_WRAPPING = re.compile(r"^(?:in ensemble '[^']*', )*(?:\[request id: [^\]]*\] )?")
 
 
 class CallFailed(Exception):
@@ -121,7 +121,7 @@ class Ensembles:
 def _typed(side: str, index: int, array: npt.NDArray[Any], message: str) -> Exception:
     """The error of one failed call. Triton 2.51 passes on its message and loses its code."""
     sentence = _WRAPPING.sub("", message)
-    if "Exceeds maximum queue size" in message:
+    if "Exceeds maximum queue size" in message or "Request timeout expired" in message:
         return CallFailed(sentence, pb_utils.TritonError.UNAVAILABLE)
     if _RESTARTING.search(message):
         again = f"{side}: a part of the server is being replaced; send it again"

@@ -33,10 +33,13 @@ def built_models(repository: Path, *, model_config_name: str | None = None) -> l
         InvalidInput: a config.pbtxt is not a model configuration.
         MissingDependency: tritonclient, which knows the format, is not installed.
     """
+    configs = {name: _read_config(repository, name, model_config_name) for name in model_names(repository)}
+    steps = {step.model_name for config in configs.values() for step in config.ensemble_scheduling.step}
     return [
         name
-        for name in model_names(repository)
-        if _is_called_by_clients(_read_config(repository, name, model_config_name))
+        for name, config in configs.items()
+        if name not in steps
+        and _is_called_by_clients(config)
         and not missing_files(repository, name, model_config_name=model_config_name)
     ]
 

@@ -62,7 +62,7 @@ def infer_request(
         outputs=[{"name": name} for name in outputs],
         raw_input_contents=[one.data for one in (tensors[1:] if span else tensors)],
     )
-    request.parameters["priority"].uint64_param = priority_level
+    request.parameters["queue_priority"].int64_param = priority_level
     request.parameters["timeout"].int64_param = max(1, round(timeout_s * 1e6))
     if span:
         parameters = request.inputs[0].parameters

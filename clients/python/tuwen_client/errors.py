@@ -105,7 +105,7 @@ _BY_SENTENCE: tuple[tuple[str, type[TuwenError]], ...] = (
 )
 
 # Triton's wrapping of a model's own sentence: "in ensemble 'x', [request id: <id_unknown>] <sentence>".
-_WRAPPING = re.compile(r"^(?:in ensemble '[^']*', )?(?:\[request id: [^\]]*\] )?")
+_WRAPPING = re.compile(r"^(?:in ensemble '[^']*', )*(?:\[request id: [^\]]*\] )?")
 
 
 def from_status(status: str, message: str) -> TuwenError:

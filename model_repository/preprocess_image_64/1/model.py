@@ -1,6 +1,7 @@
 """image UINT8 [size], an encoded file -> pixel_values FP32 [3, R, R]; one bad picture fails alone."""
 
 import json
+import os
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -8,6 +9,7 @@ from PIL import Image
 
 from tuwen.errors import InvalidInput
 from tuwen.image_transform import MAX_IMAGE_PIXELS, preprocess_image
+from tuwen.serving.queued_model import QueuedModel
 
 _FLAG = {"true": True, "false": False}
 
@@ -17,10 +19,18 @@ class TritonPythonModel:
         parameters = json.loads(args["model_config"])["parameters"]
         self.resolution = int(parameters["resolution"]["string_value"])
         self.draft = _FLAG[parameters.get("jpeg_draft", {"string_value": "true"})["string_value"]]
+        decoders = int(parameters["decoders"]["string_value"]) or len(os.sched_getaffinity(0))
+        self.queued = QueuedModel(json.loads(args["model_config"]), self._answer, decoders, max_rows=1)
         # GIF and WebP decoders allocate as they open, after Pillow's own check, which allows twice this number.
         Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PIXELS // 2
 
     def execute(self, requests):
+        self.queued.submit(requests)  # answered by the decoders, each of which has one picture at a time
+
+    def finalize(self):
+        self.queued.close()
+
+    def _answer(self, requests):
         return [self._respond(request) for request in requests]
 
     def _respond(self, request):

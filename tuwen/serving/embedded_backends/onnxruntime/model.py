@@ -5,6 +5,7 @@ lacks, and reads the same config.pbtxt; `tuwen serve` copies it into the server'
 """
 
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import numpy as np
 import onnxruntime as ort
 import triton_python_backend_utils as pb_utils
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+
+from tuwen.serving.queued_model import QueuedModel, is_queued
 
 Feed = dict[str, Any]  # tensor name -> numpy array
 
@@ -38,7 +41,9 @@ _TRITON_TYPES = {
 }
 
 
-_SPINNING = "session.intra_op.allow_spinning"  # ONNX Runtime's own name; the C++ backend does not read it
+_QUEUE_PARAMETERS = ("max_queue_size.", "max_wait_s.")
+# ONNX Runtime's own names; the C++ backend does not read them.
+_SPINNING, _STOP_SPINNING = "session.intra_op.allow_spinning", "session.force_spinning_stop"
 
 # Sizes of the batch's requests -> the tensor. Source: triton docs, "Ragged Batching"; the C++ backend makes the same.
 _BATCH_INPUTS: dict[str, Callable[[list[int]], Any]] = {
@@ -75,8 +80,20 @@ class TritonPythonModel:
         _check_tensors(path, "output", config, self._session.get_outputs(), self._is_batching)
         self._input_names = [tensor["name"] for tensor in config["input"]]
         self._string_inputs = {tensor["name"] for tensor in config["input"] if tensor["data_type"] == "TYPE_STRING"}
+        self._queued = QueuedModel(config, self._answer, 1, config["max_batch_size"]) if is_queued(config) else None
 
-    def execute(self, requests: list[Any]) -> list[Any]:
+    def execute(self, requests: list[Any]) -> list[Any] | None:
+        """Responses, or None where they come later: a model whose parameters bound a queue keeps that queue here."""
+        if self._queued is None:
+            return self._answer(requests)
+        self._queued.submit(requests)
+        return None
+
+    def finalize(self) -> None:
+        if self._queued is not None:
+            self._queued.close()
+
+    def _answer(self, requests: list[Any]) -> list[Any]:
         """One response per request, in order; requests of equal item shape run as one batch."""
         responses: list[Any] = [None] * len(requests)
         batches: dict[Any, list[tuple[int, Feed]]] = defaultdict(list)
@@ -162,8 +179,10 @@ def _error_response(message: str, code: int) -> Any:
 def _read_options(config: dict[str, Any]) -> tuple[ort.SessionOptions, ort.RunOptions]:
     """The session's and each run's options from `optimization` and `parameters`."""
     options, run_options = ort.SessionOptions(), ort.RunOptions()
-    # A thread that waits for the others by spinning takes a core from the very processes it waits for.
-    options.add_session_config_entry(_SPINNING, "0")
+    # As many as by default, but said: by default they are also bound to cores, those of every model to the same ones.
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    # Threads that wait for each other within a run spin; between two runs that would take a core from those who work.
+    options.add_session_config_entry(_STOP_SPINNING, "1")
     level = int(config.get("optimization", {}).get("graph", {}).get("level", 0))
     options.graph_optimization_level = _choose("optimization.graph.level", level, _GRAPH_LEVELS)
     # source: triton onnxruntime_backend README, "Model Config Options"
@@ -175,9 +194,12 @@ def _read_options(config: dict[str, Any]) -> tuple[ort.SessionOptions, ort.RunOp
         "enable_mem_pattern": lambda key, text: setattr(options, "enable_mem_pattern", _choose(key, text, _BOOLS)),
         "session.use_device_allocator_for_initializers": options.add_session_config_entry,
         _SPINNING: options.add_session_config_entry,
+        _STOP_SPINNING: options.add_session_config_entry,
         "memory.enable_memory_arena_shrinkage": run_options.add_run_config_entry,
     }
     for key, value in config.get("parameters", {}).items():
+        if key.startswith(_QUEUE_PARAMETERS):
+            continue
         if key in setters:
             setters[key](key, value["string_value"].strip().lower())
         else:

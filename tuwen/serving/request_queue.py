@@ -1,0 +1,107 @@
+"""Items that wait for a model in its own process: so many, in two priorities, each for so long.
+
+Not in Triton's own queue: once that has a bound, a time-out or priorities, Triton 2.51 hands a batch over only while an
+instance waits for one, and may miss the moment when it begins to; then everything stands still for half a second.
+Measured with the sample's texts, 16 callers: 153 a second with any such policy, 2,339 without.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+INTERACTIVE, BULK = 1, 2  # the lower one goes first
+PRIORITIES = (INTERACTIVE, BULK)
+
+
+@dataclass(frozen=True)
+class QueueLimits:
+    """Of each priority, interactive first: most items that wait, and for how many seconds."""
+
+    max_sizes: tuple[int, int]
+    max_waits_s: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class _Waiting(Generic[Item]):
+    item: Item
+    rows: int
+    since: float
+    until: float
+
+
+@dataclass(frozen=True)
+class Taken(Generic[Item]):
+    """What leaves the queue together: items to work on, those that waited too long, and seconds waited in all."""
+
+    items: list[Item]
+    expired: list[Item]
+    waited_s: float
+
+
+class RequestQueue(Generic[Item]):
+    """Threads may put and take at the same time."""
+
+    def __init__(self, limits: QueueLimits, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limits, self._clock = limits, clock
+        self._queues: tuple[deque[_Waiting[Item]], ...] = tuple(deque() for _ in PRIORITIES)
+        self._changed = threading.Condition()
+        self._is_closed = False
+
+    def __len__(self) -> int:
+        return sum(map(len, self._queues))
+
+    def put(self, item: Item, priority: int = BULK, rows: int = 1, timeout_s: float | None = None) -> bool:
+        """Let an item wait; False where there is no room.
+
+        Args:
+            rows: of a batch that it takes up.
+            timeout_s: how long it may wait, if less than its priority's limit.
+        """
+        level = PRIORITIES.index(priority) if priority in PRIORITIES else PRIORITIES.index(BULK)
+        now, max_wait_s = self._clock(), self._limits.max_waits_s[level]
+        with self._changed:
+            if self._is_closed or len(self._queues[level]) >= self._limits.max_sizes[level]:
+                return False
+            until = now + (min(timeout_s, max_wait_s) if timeout_s else max_wait_s)
+            self._queues[level].append(_Waiting(item, rows, now, until))
+            self._changed.notify()
+        return True
+
+    def take(self, max_rows: int) -> Taken[Item] | None:
+        """Wait for items, and take as many as make `max_rows` rows, at least one; None once closed and empty."""
+        with self._changed:
+            while not len(self):
+                if self._is_closed:
+                    return None
+                self._changed.wait()
+            return self._take(max_rows)
+
+    def close(self) -> None:
+        """Take nothing more; what waits may still be taken."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def _take(self, max_rows: int) -> Taken[Item]:
+        now, rows, waited_s = self._clock(), 0, 0.0
+        items: list[Item] = []
+        expired: list[Item] = []
+        for queue in self._queues:
+            while queue:
+                first = queue[0]
+                if first.until <= now:
+                    expired.append(queue.popleft().item)
+                    continue
+                if items and rows + first.rows > max_rows:
+                    return Taken(items, expired, waited_s)
+                items.append(queue.popleft().item)
+                rows += first.rows
+                waited_s += now - first.since
+        return Taken(items, expired, waited_s)
