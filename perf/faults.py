@@ -3,7 +3,7 @@
     make bench-faults                       # ViT-B-16, random weights, under the supervisor of `tuwen serve`
 
 Texts, pictures and similarity requests are sent without pause, by clients that do not retry; each answer is compared
-with the right one. Beside them a client with its default retries embeds texts, as a program would.
+with the right one. Beside them a client that retries patiently embeds texts, as a program would.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ PAUSE_S = 5.0
 QUIET_S = 3.0  # without a failure: then it is over
 MAX_FAULT_S = 60.0
 _TIMEOUT_S = 20.0
+_PATIENT = RetryPolicy(attempts=30)  # as the documentation advises those who would rather wait than fail
 _SHM_MIB = 256
 _INSIDE = "TUWEN_FAULTS_SHM"
 
@@ -101,7 +102,7 @@ class Stream:
                     self._stopped.wait(0.02)
 
     def _run_patient(self) -> None:
-        with Client(self.url, FP32, timeout_s=_TIMEOUT_S) as client:
+        with Client(self.url, FP32, timeout_s=_TIMEOUT_S, retry=_PATIENT) as client:
             while not self._stopped.is_set():
                 self.retried[self._outcome(self.asks["text"], client)] += 1
                 self._stopped.wait(0.1)
@@ -189,8 +190,8 @@ def make_asks(url: str) -> dict[str, Ask]:
     return {"text": ask_text, "image": ask_image, "similarity": ask_similarity}
 
 
-def kill_model(server: EmbeddedServer, instance: str) -> None:
-    os.kill(_model_processes(server)[instance], signal.SIGKILL)
+def kill_model(supervisor: Supervisor, instance: str) -> None:
+    os.kill(_model_processes(supervisor.server)[instance], signal.SIGKILL)
 
 
 def pause_server(server: EmbeddedServer) -> None:
@@ -290,8 +291,8 @@ class Relay:
 
 def _model_processes(server: EmbeddedServer) -> dict[str, int]:
     """Model instance -> process id."""
-    stubs = {pid: command for pid, command in descendants(server.pid or 0).items() if "_stub" in command[0]}
-    return {command[8]: pid for pid, command in stubs.items() if len(command) > 8}
+    found = descendants(server.pid or 0).items()
+    return {command[8]: pid for pid, command in found if len(command) > 8 and "_stub" in command[0]}
 
 
 def measure(supervisor: Supervisor) -> dict[str, Any]:
@@ -299,7 +300,7 @@ def measure(supervisor: Supervisor) -> dict[str, Any]:
     asks = make_asks(url)
     instances = [name for name in sorted(_model_processes(supervisor.server)) if name.endswith("_0")]
     faults: dict[str, Callable[[], None]] = {
-        **{f"SIGKILL {name}": partial(kill_model, supervisor.server, name) for name in instances},
+        **{f"SIGKILL {name}": partial(kill_model, supervisor, name) for name in instances},
         f"SIGSTOP for {PAUSE_S:g} s": lambda: pause_server(supervisor.server),
         "SIGKILL tritonserver": lambda: kill_server(supervisor.server),
         **({f"/dev/shm full for {PAUSE_S:g} s": fill_shared_memory} if os.environ.get(_INSIDE) else {}),
