@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=BURST_S)
     parser.add_argument("--out", type=Path, default=BENCH_DIR / "overload.json")
     options = parser.parse_args()
-    with open_bench() as bench:
+    with open_bench(models=[f"{FP32}_text"]) as bench:
         found = measure(bench, options.seconds)
     for key, value in found.items():
         print(f"{key:24s} {value}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -87,12 +87,13 @@ def bench_repository(work_dir: Path = BENCH_DIR) -> Path:
 
 
 @contextmanager
-def open_bench(work_dir: Path = BENCH_DIR) -> Iterator[Bench]:
-    """A server with both precisions, and no cache of answers."""
+def open_bench(work_dir: Path = BENCH_DIR, models: Sequence[str] | None = None) -> Iterator[Bench]:
+    """A server with both precisions, unless models are named, and no cache of answers."""
     repository = bench_repository(work_dir)
     grpc_port, http_port, metrics_port = free_ports(3)
     with EmbeddedServer(
         repository,
+        models=models,
         grpc_port=grpc_port,
         http_port=http_port,
         metrics_port=metrics_port,

@@ -58,11 +58,11 @@ class Supervised:
 
 
 @contextmanager
-def supervised(repository: Path, **options: float) -> Iterator[Supervised]:
+def supervised(repository: Path, models: list[str] | None = None, **options: float) -> Iterator[Supervised]:
     ports = dict(zip(("grpc_port", "http_port", "metrics_port"), free_ports(3), strict=True))
     events: list[str] = []
     supervisor = Supervisor(
-        lambda: make_server(repository, **ports, admin_token="a-token-of-the-tests"),
+        lambda: make_server(repository, models=models, **ports, admin_token="a-token-of-the-tests"),
         on_event=events.append,
         **options,  # type: ignore[arg-type]
     )
@@ -119,6 +119,70 @@ def test_a_dead_model_process_is_replaced_while_the_rest_goes_on(repository: Pat
             assert wait_until(is_right(held))
         assert held.server.pid == pid, "the server itself was not started anew"
     assert held.failure is None
+
+
+QUEUED_PY = """
+import json, time
+import triton_python_backend_utils as pb_utils
+from tuwen.serving.queued_model import QueuedModel
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.queued = QueuedModel(json.loads(args["model_config"]), self.answer, workers=1, max_rows=1)
+
+    def execute(self, requests):
+        self.queued.submit(requests)
+
+    def answer(self, requests):
+        time.sleep(1.0)
+        return [pb_utils.InferenceResponse([pb_utils.get_input_tensor_by_name(one, "x")]) for one in requests]
+
+    def finalize(self):
+        self.queued.close()
+"""
+BOUNDS = "".join(
+    f'parameters {{ key: "{name}.{priority}" value {{ string_value: "{value}" }} }}\n'
+    for name, value in (("max_queue_size", 2), ("max_wait_s", 9))
+    for priority in ("interactive", "bulk")
+)
+
+
+@pytest.fixture
+def queued_repository(tmp_path: Path) -> Path:
+    tensors = io("input", "x", "TYPE_FP32", "1") + io("output", "x", "TYPE_FP32", "1")
+    config = "max_batch_size: 8 dynamic_batching {}\n" + tensors + BOUNDS
+    write_model(tmp_path / "queued", "queued", config, QUEUED_PY)
+    return tmp_path / "queued"
+
+
+def test_a_full_queue_refuses_at_once_and_a_stop_answers_what_waits(queued_repository: Path) -> None:
+    x = {"x": np.ones((1, 1), np.float32)}
+    with make_server(queued_repository, models=["queued"]) as server, ThreadPoolExecutor(6) as pool:
+        waiting = []
+        for _ in range(3):  # one is worked on, two wait
+            waiting.append(pool.submit(infer, server, "queued", x))
+            time.sleep(0.1)
+        started = time.monotonic()
+        with pytest.raises(InferenceServerException, match="Exceeds maximum queue size") as raised:
+            infer(server, "queued", x)
+        assert raised.value.status() == "StatusCode.UNAVAILABLE"
+        assert time.monotonic() - started < 0.5
+        server.stop()
+        assert [each.result()["x"].item() for each in waiting] == [1, 1, 1]
+
+
+def test_requests_that_died_with_their_process_are_told_so(queued_repository: Path) -> None:
+    """Triton would leave them without an answer, so the server is started anew."""
+    with supervised(queued_repository, models=["queued"]) as held, ThreadPoolExecutor(2) as pool:
+        assert infer(held.server, "queued", {"x": np.ones((1, 1), np.float32)})["x"] == 1
+        waiting = pool.submit(infer, held.server, "queued", {"x": np.ones((1, 1), np.float32)})
+        time.sleep(0.6)
+        os.kill(model_process(held.server, "queued_0_0"), signal.SIGKILL)
+        with pytest.raises(InferenceServerException):
+            waiting.result(timeout=15)
+        assert wait_until(lambda: bool(held.events), 20)
+        assert "died with the requests that waited in it" in held.events[0]
+        assert infer(held.server, "queued", {"x": np.ones((1, 1), np.float32)})["x"] == 1
 
 
 def test_a_dead_server_is_started_anew_on_its_ports(repository: Path) -> None:

@@ -6,8 +6,10 @@ Runs inside a model process of Triton (business logic scripting), where `triton_
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -20,6 +22,7 @@ from PIL import Image
 from tuwen.errors import InvalidInput
 from tuwen.image_transform import MAX_IMAGE_PIXELS, preprocess_image
 from tuwen.scoring import Calibration, load_calibration
+from tuwen.serving.request_queue import BULK
 from tuwen.specs import slugify
 from tuwen.tokenizer import check_text
 
@@ -37,6 +40,11 @@ _ANY_RESOLUTION = 32  # whether a picture can be read does not depend on it
 # What Triton 2.51 says of a part that died, is being loaded, or stops.
 _RESTARTING = re.compile(r"is not healthy|is not ready|no available versions|Server is stopping|Server not ready")
 _WRAPPING = re.compile(r"^(?:in ensemble '[^']*', )*(?:\[request id: [^\]]*\] )?")
+
+
+# Of the request that is being answered, for the calls that answer it: each request is a task, with values of its own.
+_PRIORITY: ContextVar[int] = ContextVar("priority", default=BULK)
+_TIMEOUT_US: ContextVar[int] = ContextVar("timeout_us", default=0)
 
 
 class CallFailed(Exception):
@@ -99,6 +107,8 @@ class Ensembles:
                     model_name=f"{self._name}_{side}",
                     requested_output_names=outputs,
                     inputs=[pb_utils.Tensor(side, array)],
+                    parameters={"queue_priority": _PRIORITY.get()},
+                    timeout=_TIMEOUT_US.get(),
                 )
                 response = await request.async_exec()
             if response.has_error():
@@ -189,6 +199,8 @@ async def answer_all(requests: list[Any], answer: Callable[[Any], Awaitable[dict
 
 
 async def _answer(request: Any, answer: Callable[[Any], Awaitable[dict[str, npt.NDArray[Any]]]]) -> Any:
+    _PRIORITY.set(json.loads(request.parameters() or "{}").get("queue_priority", BULK))
+    _TIMEOUT_US.set(request.timeout())
     try:
         outputs = await answer(request)
     except InvalidInput as error:

@@ -50,6 +50,11 @@ def called_models(repository: Path, name: str) -> list[str]:
     return [f"{serves.string_value}_{side}" for side in ("text", "image")] if serves else []
 
 
+def keeps_requests(repository: Path, name: str) -> bool:
+    """Whether requests wait in the process of this model, by the bounds in its config; see queued_model.py."""
+    return "max_queue_size.bulk" in _read_config(repository, name, None).parameters
+
+
 def _is_called_by_clients(config: "ModelConfig") -> bool:
     return config.HasField("ensemble_scheduling") or _SERVES in config.parameters
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from tuwen.serving.request_queue import BULK, QueueLimits, RequestQueue
+from tuwen.serving.full_models import FullFlag, Side, are_all_full
+from tuwen.serving.request_queue import BULK, INTERACTIVE, QueueLimits, RequestQueue
 
 _PARAMETERS = ("interactive", "bulk")
 _METRICS_INTERVAL_S = 1.0
@@ -24,6 +25,8 @@ _METRICS_INTERVAL_S = 1.0
 _FULL = "Exceeds maximum queue size"
 _EXPIRED = "Request timeout expired"
 
+# A tower is known by what it takes.
+_SIDE_OF_TOWER: dict[str, Side] = {"input_ids": "text", "pixel_values": "image"}
 _COUNTERS = {
     "tuwen_batches_total": "Batches computed",
     "tuwen_batch_items_total": "Requests in those batches",
@@ -51,6 +54,8 @@ class QueuedModel:
         self._answer, self._max_rows = answer, max_rows
         self._queue: RequestQueue[Any] = RequestQueue(read_limits(config))
         self._metrics = _Metrics(config["name"], self._queue)
+        side = _SIDE_OF_TOWER.get(config["input"][0]["name"])
+        self._flag = FullFlag(side, config["name"]) if side else None
         # Sending is a call to the server each, during which the next batch is computed already.
         self._answered: SimpleQueue[list[tuple[Any, Any]] | None] = SimpleQueue()
         self._sender = threading.Thread(target=self._send_answered, daemon=True)
@@ -61,12 +66,12 @@ class QueuedModel:
     def submit(self, requests: list[Any]) -> None:
         """Take requests; each is answered later, or refused at once where there is no room."""
         for request in requests:
-            parameters = json.loads(request.parameters() or "{}")
             rows = int(request.inputs()[0].shape()[0])
             timeout_s = request.timeout() / 1e6 or None
-            if not self._queue.put(request, parameters.get("queue_priority", BULK), rows, timeout_s):
+            if not self._queue.put(request, _priority(request), rows, timeout_s):
                 self._metrics.add("tuwen_queue_full_total", 1)
-                _send(request, _refusal(_FULL))
+                _send(request, full_refusal())
+        self._tell_room()
 
     def close(self) -> None:
         """Answer what waits, and end."""
@@ -76,9 +81,16 @@ class QueuedModel:
         self._answered.put(None)
         self._sender.join()
         self._metrics.close()
+        if self._flag:
+            self._flag.remove()
+
+    def _tell_room(self) -> None:
+        if self._flag:
+            self._flag.tell(self._queue.is_full)
 
     def _work(self) -> None:
         while (taken := self._queue.take(self._max_rows)) is not None:
+            self._tell_room()
             if taken.expired:
                 self._answered.put([(request, _refusal(_EXPIRED)) for request in taken.expired])
                 self._metrics.add("tuwen_queue_expired_total", len(taken.expired))
@@ -173,6 +185,20 @@ class _Metrics:
 
 def _send(request: Any, response: Any) -> None:
     request.get_response_sender().send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def full_refusal() -> Any:
+    """The answer to a request for which there is no room."""
+    return _refusal(_FULL)
+
+
+def must_refuse(request: Any, side: Side) -> bool:
+    """Whether a step before the towers of this side may refuse a request: it is bulk, and none of them has room."""
+    return are_all_full(side) and _priority(request) != INTERACTIVE
+
+
+def _priority(request: Any) -> int:
+    return int(json.loads(request.parameters() or "{}").get("queue_priority", BULK))
 
 
 def _refusal(sentence: str) -> Any:

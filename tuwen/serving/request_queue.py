@@ -57,6 +57,10 @@ class RequestQueue(Generic[Item]):
     def __len__(self) -> int:
         return sum(map(len, self._queues))
 
+    def is_full(self) -> bool:
+        """Whether a bulk item would be refused."""
+        return len(self._queues[1]) >= self._limits.max_sizes[1]
+
     def put(self, item: Item, priority: int = BULK, rows: int = 1, timeout_s: float | None = None) -> bool:
         """Let an item wait; False where there is no room.
 

@@ -26,7 +26,13 @@ from tuwen.serving.access import Tls, check_token, new_token, token_arguments
 from tuwen.serving.control import ControlFailed, ServerControl
 from tuwen.serving.installation import BACKENDS, Installation, assemble_run_dir, find_installation, server_environment
 from tuwen.serving.model_processes import model_of
-from tuwen.serving.model_repository import built_models, called_models, missing_files, model_names
+from tuwen.serving.model_repository import (
+    built_models,
+    called_models,
+    keeps_requests,
+    missing_files,
+    model_names,
+)
 from tuwen.serving.server_log import explain_failed_start, last_meaningful_line
 from tuwen.serving.server_process import ServerProcess
 
@@ -200,12 +206,15 @@ class EmbeddedServer:
         """Give the model whose process died a new one; all others go on answering meanwhile. Returns its name.
 
         Raises:
-            ServerError: the server does not do it in time; it must be started anew.
+            ServerError: requests died with that process, which Triton would never answer; or the server does not do it
+                in time. It must be started anew.
         """
         instance = self.dead_model
         model = model_of(instance) if instance else None
         if self._process is None or model is None:
             raise ServerError(f"no model to give a new process ({instance or 'none has died'})")
+        if keeps_requests(self._repository, model):
+            raise self._error(f"the process of model instance {instance} died with the requests that waited in it")
         deadline = time.monotonic() + timeout_s
         try:
             self.control.unload([model], timeout_s=0)

@@ -4,6 +4,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from tuwen.errors import InvalidInput
+from tuwen.serving.queued_model import full_refusal, must_refuse
 from tuwen.tokenizer import check_text, default_tokenizer, normalize_text
 
 
@@ -15,6 +16,8 @@ class TritonPythonModel:
         return [self._respond(request) for request in requests]
 
     def _respond(self, request):
+        if must_refuse(request, "text"):
+            return full_refusal()
         texts = pb_utils.get_input_tensor_by_name(request, "text").as_numpy().ravel()
         try:
             if len(texts) != 1:
