@@ -103,7 +103,9 @@ def read_counters(metrics_url: str) -> Counters:
 def measure_stages(before: Statistics, after: Statistics, models: Sequence[str]) -> list[Stage]:
     """What happened between two readings, for models that were asked at least once."""
     return [
-        _own_stage(before, after, model) if model in after.counters else _triton_stage(before, after, model)
+        _own_stage(before, after, model)
+        if "batches" in after.counters.get(model, {})
+        else _triton_stage(before, after, model)
         for model in models
     ]
 
