@@ -5,6 +5,7 @@ scenario + server -> a folder with perf_analyzer's CSVs, summary.json, curves.pn
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import tempfile
 import time
@@ -22,12 +23,14 @@ from perf.input_data import write_inputs
 from perf.report import write_report
 from perf.rounds import machine
 from perf.scenario import Scenario, StreamKind, load_scenario
-from perf.stages import Statistics, measure_stages, read_statistics_at
+from perf.stages import MetricsUnavailable, Statistics, measure_stages, read_counters, read_statistics, settle
 from perf.summary import FILE_NAME, FORMAT, Point, Repeat, Summary, read_summary, write_summary
 from perf.workload import encode_jpeg, photographs
 from tuwen import __version__
 from tuwen.errors import InvalidInput, TuwenError
 from tuwen.files import replace_folder
+
+log = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, int, str], None]
 
@@ -38,15 +41,23 @@ class BenchFailed(TuwenError):
 
 @dataclass(frozen=True)
 class Target:
-    """A server and the model measured there."""
+    """A server and the model measured there; `metrics_url` is None if its models tell no counters of their own."""
 
     url: str
+    metrics_url: str | None
     model: str
     fingerprint: int
     server_version: str
 
     def ensemble(self, stream: StreamKind) -> str:
         return f"{self.model}_{stream}"
+
+    def ensembles(self, stream: StreamKind) -> set[str]:
+        """The one that clients call, and those within it."""
+        return {self.ensemble(stream)} | ({f"{self.model}_text_cached"} if stream == "text" else set())
+
+    def read_statistics(self) -> Statistics:
+        return read_statistics(self.url, self.metrics_url)
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,7 @@ class Bench:
     def measure(self, point: Point, number: int) -> Repeat:
         """One repeat of a point: the streams' perf_analyzers side by side."""
         files = {stream: f"csv/{_slug(point.name)}.{stream}.{number}.csv" for stream in point.levels}
-        before = read_statistics_at(self.target.url)
+        before = self.target.read_statistics()
         running = {
             stream: Running(
                 self.analyzer,
@@ -82,15 +93,16 @@ class Bench:
         finally:
             for one in running.values():
                 one.kill()
-        after = read_statistics_at(self.target.url)
-        ensembles = {self.target.ensemble(stream) for stream in point.levels}
-        parts = [name for name in sorted(before) if name not in ensembles and _asked(before, after, name)]
+        settle()
+        after = self.target.read_statistics()
+        ensembles = set().union(*map(self.target.ensembles, point.levels))
+        parts = [name for name in sorted(before.models) if name not in ensembles and _asked(before, after, name)]
         return Repeat(
             streams=found,
             csv={stream: file for stream, file in files.items() if not found[stream].failure},
             stages=tuple(measure_stages(before, after, parts)),
-            refused=sum(_increase(before, after, name, "fail") for name in ensembles),
-            cache_hits=sum(_increase(before, after, name, "cache_hit") for name in before),
+            refused=sum(_increase(before, after, self.target.ensemble(stream), "fail") for stream in point.levels),
+            cache_hits=sum(_increase(before, after, name, "cache_hit") for name in before.models),
         )
 
     def warm_up(self) -> None:
@@ -108,6 +120,7 @@ class Bench:
 def run_bench(
     scenario_path: Path,
     url: str,
+    metrics_url: str,
     model: str | None = None,
     out: Path | None = None,
     rates_of: Path | None = None,
@@ -116,6 +129,7 @@ def run_bench(
     """Measure every load of the scenario; the folder that was written, whole or not at all.
 
     Args:
+        metrics_url: the same server's; if it does not answer, all times inside the server are by Triton's statistics.
         model: which one, where several are served.
         out: by default runs/bench/DATE-NAME.
         rates_of: an earlier summary, whose arrival rates are used again instead of fractions of today's capacity.
@@ -128,7 +142,7 @@ def run_bench(
     rates = _rates_of(rates_of, scenario) if rates_of else None
     check_matplotlib()
     analyzer = find_analyzer()
-    target = find_target(url, model, scenario.streams)
+    target = find_target(url, metrics_url, model, scenario.streams)
     started_at = time.strftime("%Y-%m-%d %H:%M:%S %z")
     out = out or Path("runs/bench") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{scenario.name}"
     _check_out(out)
@@ -147,6 +161,7 @@ def run_bench(
             model=target.model,
             fingerprint=target.fingerprint,
             url=url,
+            own_counters=target.metrics_url is not None,
             machine=machine(),
             versions=_versions(analyzer, target),
             capacity=capacity,
@@ -236,7 +251,7 @@ def _rates_of(path: Path, scenario: Scenario) -> list[Point]:
     return points
 
 
-def find_target(url: str, model: str | None, streams: Sequence[StreamKind]) -> Target:
+def find_target(url: str, metrics_url: str, model: str | None, streams: Sequence[StreamKind]) -> Target:
     """Ask the server what it serves and embed one item of each kind.
 
     Raises:
@@ -256,7 +271,19 @@ def find_target(url: str, model: str | None, streams: Sequence[StreamKind]) -> T
             fingerprints = [_embed_one(server, f"{model}_{stream}", stream) for stream in streams]
     except InferenceServerException as error:
         raise BenchFailed(f"no server answers at {url}: {error.message()}") from error
-    return Target(url, model, fingerprints[0], version)
+    return Target(url, _with_counters(metrics_url, model), model, fingerprints[0], version)
+
+
+def _with_counters(metrics_url: str, model: str) -> str | None:
+    """`metrics_url`, if the model's towers tell their counters there; else None and a warning."""
+    try:
+        if read_counters(metrics_url).keys() & {f"{model}_text_tower", f"{model}_image_tower"}:
+            return metrics_url
+        reason = f"{metrics_url} tells no counters of {model}"
+    except MetricsUnavailable as error:
+        reason = str(error)
+    log.warning("%s; of batches, queues and computation the report has what Triton sees, the hand-over", reason)
+    return None
 
 
 def _embed_one(server: triton.InferenceServerClient, ensemble: str, stream: StreamKind) -> int:
@@ -272,11 +299,11 @@ def _embed_one(server: triton.InferenceServerClient, ensemble: str, stream: Stre
 
 
 def _asked(before: Statistics, after: Statistics, name: str) -> bool:
-    return bool(after[name].inference_count > before[name].inference_count)
+    return bool(after.models[name].inference_count > before.models[name].inference_count)
 
 
 def _increase(before: Statistics, after: Statistics, name: str, which: str) -> int:
-    counts = (getattr(entry[name].inference_stats, which).count for entry in (after, before))
+    counts = (getattr(entry.models[name].inference_stats, which).count for entry in (after, before))
     return int(next(counts) - next(counts))
 
 

@@ -20,6 +20,12 @@ from perf.summary import Point, Summary
 
 _PAGE = Template((Path(__file__).parent / "report.html.template").read_text(encoding="utf-8"))
 _NOUNS: dict[StreamKind, str] = {"text": "texts", "image": "pictures"}
+_COUNTED_BY = {
+    True: "Towers and preprocessing have a queue of their own and count batches themselves; their input is the "
+    "hand-over to it.",
+    False: "The counters of towers and preprocessing were not read; their figures are Triton's, which sees the "
+    "hand-over to their queues only.",
+}
 _LOOPS: dict[Loop, tuple[str, str, str]] = {
     "closed": ("Closed loop", "so many requests always under way: what the server can do at most", "under way"),
     "open": (
@@ -107,7 +113,7 @@ def _row(summary: Summary, point: Point, stream: StreamKind) -> list[str]:
 
 
 def _stages_table(summary: Summary) -> str:
-    header = ("load", "model", "requests", "a batch", "queue", "input", "compute", "output ms", "refused")
+    header = ("load", "model", "requests", "a batch", "queue", "input", "infer", "output ms", "refused")
     rows = []
     for point in summary.points:
         for number, stage in enumerate(_median_stages(point)):
@@ -157,7 +163,8 @@ def _method(summary: Summary) -> list[str]:
         f"Unsteady: its windows differ by more than {measure.stability_percent:g} % in throughput or in the "
         f"{measure.percentile}th percentile of latency.",
         "Latency runs from sending a request to its answer, as perf_analyzer sees it. The times inside the server are "
-        "Triton's own count, over the few requests before and after the windows too. (Server Queue in perf_analyzer's "
+        "its own count, means over the few requests before and after the windows too; infer is the time of the batch "
+        f"that a request was in. {_COUNTED_BY[summary.own_counters]} (Server Queue in perf_analyzer's "
         "CSV is the ensemble's own, always 0; the queues of its parts are counted under Network there.)",
         "perf_analyzer gives up at the first refused request, and a load at which that happens has no figures.",
     ]

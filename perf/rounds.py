@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+# Threads of the side before stop spinning: ONNX Runtime's do so for a while, waiting for more.
+_REST_S = 0.1
 _TOOLS = ("torch", "onnxruntime", "nvidia-pytriton", "tritonclient", "numpy", "Pillow")
 
 
@@ -38,10 +40,11 @@ def milliseconds_of(work: Callable[[], object]) -> Callable[[], float]:
 
 
 def alternate(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each side measured in each round; a round runs every side once, in turn."""
+    """What each side measured in each round; a round runs every side once, in turn, each after a short rest."""
     found: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, measure in sides.items():
+            time.sleep(_REST_S)
             found[name].append(measure())
     return found
 

@@ -29,7 +29,7 @@ from builders.quantize import quantize_tower
 from builders.repository import rendered_files, write_rendered
 from perf.published import import_cn_clip, published_transform, published_twin
 from perf.rounds import alternate, machine, median_ratio, medians, milliseconds_of, rate_of, write_json
-from perf.stages import Stage, measure_stages, read_statistics
+from perf.stages import Stage, Statistics, measure_stages, read_statistics, settle
 from perf.workload import encode_jpeg, muge_like_texts, photographs
 from tuwen.checkpoint import load_checkpoint, save_checkpoint
 from tuwen.model import ChineseCLIP
@@ -43,6 +43,7 @@ ARCHITECTURE = "ViT-B-16"
 FP32, INT8 = "vit_b_16", "vit_b_16_int8"
 CONCURRENCY = 16
 ROUNDS = 5
+_REST_S = 0.02  # before each call that is timed alone: threads of the one before stop spinning
 PUBLISHED_TEXT_BATCH, PUBLISHED_IMAGE_BATCH = 16, 8
 NUM_TEXTS = {"published": 64, "served": 256}
 NUM_IMAGES = {"published": 16, "served": 32}
@@ -58,6 +59,11 @@ class Bench:
 
     def client(self, name: str, max_in_flight: int = CONCURRENCY) -> Client:
         return Client(self.server.endpoints.grpc, name, max_in_flight=max_in_flight)
+
+    def statistics(self) -> Statistics:
+        """Of all that has been answered until now."""
+        settle()
+        return read_statistics(self.server.endpoints.grpc, self.server.endpoints.metrics)
 
     def tower(self, name: str, kind: str) -> Path:
         return self.repository / f"{name}_{kind}_tower" / "1" / "model.onnx"
@@ -158,7 +164,10 @@ def compare_images(bench: Bench) -> dict[str, Any]:
 
 def measure_tax(bench: Bench, name: str = FP32) -> dict[str, Any]:
     """What serving adds to ONNX Runtime called in this process: throughput at concurrency 16, time of one request."""
-    session = ort.InferenceSession(bench.tower(name, "text"), providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    # Else its threads spin on after each call, and take the processor from the server, which is asked next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = ort.InferenceSession(bench.tower(name, "text"), options, providers=["CPUExecutionProvider"])
     texts = muge_like_texts(NUM_TEXTS["served"], seed=1)
     ids = [default_tokenizer().encode_ids(normalize_text(text)) for text in texts]
 
@@ -168,11 +177,9 @@ def measure_tax(bench: Bench, name: str = FP32) -> dict[str, Any]:
 
     with bench.client(name) as client:
         client.embed_text(texts)
-        before = read_statistics(client)
+        before = bench.statistics()
         client.embed_text(texts)
-        stages = measure_stages(
-            before, read_statistics(client), [f"{name}_text", "tokenize_text", f"{name}_text_tower"]
-        )
+        stages = measure_stages(before, bench.statistics(), [f"{name}_text", "tokenize_text", f"{name}_text_tower"])
         batch_size = max(1, round(stages[-1].mean_batch))
         sides = {
             "bare": rate_of(partial(run_bare, batch_size), len(ids)),
@@ -194,8 +201,10 @@ def _one_at_a_time(session: ort.InferenceSession, client: Client, texts: list[st
     rows: dict[str, list[float]] = {"bare": [], "served": []}
     for text in texts:
         feed = pack_rows([default_tokenizer().encode_ids(normalize_text(text))])
-        rows["bare"].append(milliseconds_of(partial(session.run, ["text_embeds"], feed))())
-        rows["served"].append(milliseconds_of(partial(client.embed_text, [text]))())
+        sides = {"bare": partial(session.run, ["text_embeds"], feed), "served": partial(client.embed_text, [text])}
+        for side, work in sides.items():
+            time.sleep(_REST_S)
+            rows[side].append(milliseconds_of(work)())
     added = [served - bare for served, bare in zip(rows["served"], rows["bare"], strict=True)]
     return {**medians(rows), "added": float(np.median(added))}
 

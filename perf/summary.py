@@ -30,7 +30,7 @@ class Repeat:
 
     Attributes:
         csv: perf_analyzer's file of each stream, relative to the summary.
-        stages: the parts of the ensembles, by Triton's own statistics, from before the first request to after the last.
+        stages: the parts of the ensembles, from before the first request to after the last.
         refused: requests the server turned away.
         cache_hits: requests answered from Triton's cache, and not computed.
     """
@@ -90,7 +90,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Summary:
-    """A whole run; `scenario_text` is the file as written, `versions` and `machine` what the figures hold for."""
+    """A whole run.
+
+    Attributes:
+        scenario_text: the file as written.
+        machine, versions: what the figures hold for.
+        own_counters: stages are by the models' own counters, where they have some; else all by Triton's statistics.
+    """
 
     format: Literal["tuwen-bench-1"]
     started_at: str
@@ -103,6 +109,7 @@ class Summary:
     versions: dict[str, str]
     capacity: dict[StreamKind, float]
     points: tuple[Point, ...]
+    own_counters: bool = False  # earlier runs do not say
 
     def remarks(self, point: Point, stream: StreamKind) -> list[str]:
         return point.remarks(stream, self.scenario.measure.stability_percent)

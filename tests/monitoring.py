@@ -13,7 +13,7 @@ import yaml
 MONITORING = Path(__file__).parents[1] / "monitoring"
 ALERTS, ALERT_TESTS = MONITORING / "alerts.yml", MONITORING / "alerts_test.yml"
 DASHBOARD = MONITORING / "grafana" / "dashboards" / "tuwen.json"
-_SELECTOR = re.compile(r"\b((?:nv_|up\b)\w*)(?:\{([^}]*)\})?")
+_SELECTOR = re.compile(r"\b((?:nv_|tuwen_|up\b)\w*)(?:\{([^}]*)\})?")
 _MATCHER = re.compile(r'(\w+)(=~|!~|!=|=)"([^"]*)"')
 _SAMPLE = re.compile(r"(\w+)(?:\{(.*)\})? (\S+)")
 

@@ -58,9 +58,7 @@ def test_both_variables_are_defined_and_used() -> None:
 
 def test_what_was_asked_for_is_on_the_dashboard() -> None:
     asked = {"Requests answered", "Latency", "Time in queue", "Mean batch size", "Hit ratio", "Failed requests"}
-    assert asked | {"Rejected at the first queue", "Waiting requests", "Processor", "Memory"} <= set(
-        dashboard_queries()
-    )
+    assert asked | {"Refused by a queue", "Waiting requests", "Processor", "Memory"} <= set(dashboard_queries())
 
 
 def test_every_alert_is_tested_documented_and_said_in_a_sentence() -> None:

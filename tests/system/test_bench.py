@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tuwen_client import Client
 
 from perf.analyzer import Analyzer, Load, Measurement, Running, find_analyzer
 from perf.bench import BenchFailed, find_target, run_bench
 from perf.scenario import SCENARIOS_DIR
+from perf.stages import measure_stages, read_statistics, settle
 from perf.summary import Summary, read_summary, write_summary
 from perf.towers import measure_towers, texts_of_length
 from tests.system.conftest import SAMPLE_CHECKPOINT, some_ports
@@ -23,6 +26,7 @@ from tuwen.serving.server import EmbeddedServer
 
 pytestmark = pytest.mark.triton
 
+IN_FLIGHT = 16
 TUWEN = [sys.executable, "-m", "tuwen.cli"]
 
 
@@ -40,10 +44,13 @@ def analyzer() -> Analyzer:
 def smoke_dir(sample_server: EmbeddedServer, analyzer: Analyzer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the smoke scenario, run as a person does."""
     out = tmp_path_factory.mktemp("bench") / "smoke"
-    arguments = ["bench", "run", "smoke", "--url", sample_server.endpoints.grpc, "--out", str(out)]
-    ended = subprocess.run([*TUWEN, *arguments], capture_output=True, text=True, timeout=180, check=False)
+    endpoints = sample_server.endpoints
+    arguments = ["bench", "run", "smoke", "--url", endpoints.grpc, "--metrics-url", endpoints.metrics]
+    ended = subprocess.run(
+        [*TUWEN, *arguments, "--out", str(out)], capture_output=True, text=True, timeout=180, check=False
+    )
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout == f"{out}\n"
+    assert (ended.stdout, ended.stderr) == (f"{out}\n", "")
     return out
 
 
@@ -82,6 +89,7 @@ def test_the_servers_own_times_are_kept(smoke: Summary) -> None:
             measured_s = 3 * smoke.scenario.measure.window_s
             assert parts["tiny_rn_text_tower"].requests >= 0.9 * repeat.streams["text"].throughput * measured_s
             assert repeat.refused == 0
+    assert smoke.own_counters
 
 
 def test_the_folder_holds_what_was_found(smoke_dir: Path, smoke: Summary) -> None:
@@ -153,22 +161,63 @@ def test_a_refusing_server_is_a_row_without_figures(
 def test_no_server_is_one_sentence(analyzer: Analyzer, tmp_path: Path) -> None:
     url = f"127.0.0.1:{some_ports().grpc}"
     with pytest.raises(BenchFailed, match=f"no server answers at {url}"):
-        run_bench(SCENARIOS_DIR / "smoke.toml", url, out=tmp_path / "out")
+        run_bench(SCENARIOS_DIR / "smoke.toml", url, "http://127.0.0.1:9/metrics", out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_another_model_is_one_sentence(sample_server: EmbeddedServer) -> None:
-    url = sample_server.endpoints.grpc
+    endpoints = sample_server.endpoints
     with pytest.raises(BenchFailed, match=r"serves no vit_l_14_text; it has tiny_rn$"):
-        find_target(url, "vit_l_14", ["text"])
+        find_target(endpoints.grpc, endpoints.metrics, "vit_l_14", ["text"])
+
+
+def test_times_in_the_server_are_those_of_its_queues(sample_server: EmbeddedServer) -> None:
+    """Three quantities that the load bounds, whatever the machine: requests, their waits, the time of the batches."""
+    endpoints = sample_server.endpoints
+    settle()
+    before = read_statistics(endpoints.grpc, endpoints.metrics)
+    started = time.perf_counter()
+    with Client(endpoints.grpc, max_in_flight=IN_FLIGHT) as client:
+        client.embed_text([f"第{number}个没问过的句子" for number in range(300)])
+    wall_ms = (time.perf_counter() - started) * 1000
+    settle()
+    after = read_statistics(endpoints.grpc, endpoints.metrics)
+    (tower,) = measure_stages(before, after, ["tiny_rn_text_tower"])
+    assert tower.requests == 300
+    assert 1 <= tower.mean_batch <= IN_FLIGHT
+    assert 0 < tower.queue_ms * tower.requests <= IN_FLIGHT * wall_ms
+    assert 0 < tower.infer_ms * tower.requests / tower.mean_batch <= wall_ms  # one batch at a time
+    (by_triton,) = measure_stages(replace(before, counters={}), replace(after, counters={}), ["tiny_rn_text_tower"])
+    assert tower.input_ms == pytest.approx(
+        by_triton.queue_ms + by_triton.input_ms + by_triton.infer_ms + by_triton.output_ms
+    )
+
+
+def test_a_server_without_counters_is_warned_of(
+    sample_server: EmbeddedServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    endpoints = sample_server.endpoints
+    assert find_target(endpoints.grpc, endpoints.metrics, None, ["text"]).metrics_url == endpoints.metrics
+    assert not caplog.messages
+    for url, reason in (
+        (f"http://127.0.0.1:{some_ports().metrics}/metrics", "no metrics at http://127.0.0.1:"),
+        (f"{endpoints.http}/v2", "tells no counters of tiny_rn;"),
+        ("gpu-box", "no metrics at gpu-box: unknown url type"),
+    ):
+        caplog.clear()
+        target = find_target(endpoints.grpc, url, None, ["text"])
+        assert target.metrics_url is None
+        assert reason in "".join(caplog.messages)
+        assert target.read_statistics().counters == {}
 
 
 def test_a_folder_that_is_no_run_is_not_overwritten(
     sample_server: EmbeddedServer, analyzer: Analyzer, tmp_path: Path
 ) -> None:
     (tmp_path / "thesis.txt").touch()
+    endpoints = sample_server.endpoints
     with pytest.raises(InvalidInput, match="choose another --out"):
-        run_bench(SCENARIOS_DIR / "smoke.toml", sample_server.endpoints.grpc, out=tmp_path)
+        run_bench(SCENARIOS_DIR / "smoke.toml", endpoints.grpc, endpoints.metrics, out=tmp_path)
     assert (tmp_path / "thesis.txt").exists()
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 import yaml
+from tritonclient.utils import InferenceServerException
 from tuwen_client import Client, InvalidInput
 
 from tests.monitoring import (
@@ -38,7 +39,8 @@ from tuwen.serving.server import EmbeddedServer
 
 pytestmark = pytest.mark.triton
 PROMETHEUS = shutil.which("prometheus")
-FLOOD = 3000  # far more at once than the queues of both steps hold, 192 each
+FLOOD = 800  # far more at once than the queues of both steps hold, 128 each
+TOLD_AFTER_S = 1.3  # models tell their counters once a second
 # Longer than two scrapes of a second; Grafana's own $__rate_interval is at least four scrapes.
 RATE_INTERVAL = "8s"
 
@@ -79,7 +81,7 @@ def test_every_selector_finds_a_sample(sample_server: EmbeddedServer, client: Cl
 def test_a_refused_item_counts_twice_for_the_ensemble_and_as_a_success_for_its_step(
     side: str, sample_server: EmbeddedServer, client: Client, sample_pairs: PairSet
 ) -> None:
-    """What the halves in our queries rest on, and the difference between a refusal and a full queue."""
+    """What the halves in our queries rest on."""
     some_load(client, sample_pairs)
     step = "tokenize_text" if side == "text" else "preprocess_image_64"
     counted = [
@@ -95,31 +97,63 @@ def test_a_refused_item_counts_twice_for_the_ensemble_and_as_a_success_for_its_s
     assert [new - old for new, old in zip(after, before, strict=True)] == [6, 3, 0]
 
 
-def test_rejections_are_what_our_query_says(sample_server: EmbeddedServer) -> None:
-    """failures / 2 + the tower's successes - the first step's: those that the first queue turned away."""
-    names = {"failed": "tiny_rn_text", "towered": "tiny_rn_text_tower", "tokenized": "tokenize_text"}
+IMAGE_STEPS = ("preprocess_image_64", "tiny_rn_image_tower")
 
-    def read() -> dict[str, float]:
-        metric = {key: "nv_inference_request_success" for key in names} | {"failed": "nv_inference_request_failure"}
-        return {key: count(sample_server, metric[key], model) for key, model in names.items()}
 
+def read_counts(server: EmbeddedServer, metric: str, models: tuple[str, ...]) -> dict[str, float]:
+    return {model: count(server, metric, model) for model in models}
+
+
+def increase(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    return {key: value - before[key] for key, value in after.items()}
+
+
+def test_what_is_refused_for_want_of_room_is_counted_exactly(
+    sample_server: EmbeddedServer, sample_pairs: PairSet
+) -> None:
+    def read() -> tuple[dict[str, float], ...]:
+        time.sleep(TOLD_AFTER_S)
+        return (
+            read_counts(sample_server, "tuwen_queue_full_total", IMAGE_STEPS),
+            read_counts(sample_server, "tuwen_batch_items_total", IMAGE_STEPS),
+            read_counts(sample_server, "nv_inference_request_success", IMAGE_STEPS),
+            read_counts(sample_server, "nv_inference_request_failure", ("tiny_rn_image", *IMAGE_STEPS)),
+        )
+
+    picture = np.frombuffer(sample_pairs.image_bytes(sample_pairs.image_ids[0]), np.uint8)[None]
     before, outcomes = read(), queue.SimpleQueue[str]()
     with triton.InferenceServerClient(sample_server.endpoints.grpc) as raw:
-        for number in range(FLOOD):  # each another text, which no cache can answer
-            data = np.array([[f"潮水{number}".encode()]], np.object_)
-            text = triton.InferInput("text", [1, 1], "BYTES").set_data_from_numpy(data)
+        image = triton.InferInput("image", list(picture.shape), "UINT8").set_data_from_numpy(picture)
+        for _ in range(FLOOD):
             raw.async_infer(
-                "tiny_rn_text", [text], lambda result, error: outcomes.put(error.message() if error else "ok")
+                "tiny_rn_image", [image], lambda result, error: outcomes.put(error.message() if error else "ok")
             )
         answers = Counter(outcomes.get(timeout=60) for _ in range(FLOOD))
-    num_rejected = sum(number for answer, number in answers.items() if "Exceeds maximum queue size" in answer)
-    assert num_rejected > 0
-    assert num_rejected + answers["ok"] == FLOOD
-    change = {key: value - before[key] for key, value in read().items()}
-    assert change["failed"] / 2 == num_rejected
-    assert change["towered"] == answers["ok"]
-    rejected_first = change["failed"] / 2 + change["towered"] - change["tokenized"]
-    assert 0 < rejected_first <= num_rejected
+    num_refused = sum(number for answer, number in answers.items() if "Exceeds maximum queue size" in answer)
+    assert num_refused > 0
+    assert num_refused + answers["ok"] == FLOOD
+    full, items, handed_over, failed = map(increase, before, read())
+    assert sum(full.values()) == num_refused
+    assert failed == {"tiny_rn_image": 2 * num_refused, **dict.fromkeys(IMAGE_STEPS, 0)}
+    assert items["tiny_rn_image_tower"] == answers["ok"]
+    tower = "tiny_rn_image_tower"
+    assert handed_over[tower] == items[tower] + full[tower]
+    assert handed_over["preprocess_image_64"] == FLOOD
+
+
+def test_what_waits_too_long_is_counted_as_expired(sample_server: EmbeddedServer) -> None:
+    counters = ("tuwen_queue_expired_total", "tuwen_queue_full_total", "tuwen_batch_items_total")
+    time.sleep(TOLD_AFTER_S)
+    before = {name: count(sample_server, name, "tiny_rn_text_tower") for name in counters}
+    with triton.InferenceServerClient(sample_server.endpoints.grpc) as raw:
+        for number in range(5):  # each another text, which no cache can answer
+            data = np.array([[f"等不了的第{number}句".encode()]], np.object_)
+            text = triton.InferInput("text", [1, 1], "BYTES").set_data_from_numpy(data)
+            with pytest.raises(InferenceServerException, match="Request timeout expired"):
+                raw.infer("tiny_rn_text", [text], timeout=1)  # microsecond
+    time.sleep(TOLD_AFTER_S)
+    after = {name: count(sample_server, name, "tiny_rn_text_tower") for name in counters}
+    assert [after[name] - before[name] for name in counters] == [5, 0, 0]
 
 
 class Prometheus:
@@ -184,7 +218,10 @@ def test_prometheus_answers_every_query(prometheus: Prometheus, client: Client, 
     rules = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
     assert len(rules) == len(alert_rules())
     assert {rule["health"] for rule in rules} == {"ok"}
-    (images_per_s,) = prometheus.query(f'rate(nv_inference_count{{model="tiny_rn_image_tower"}}[{RATE_INTERVAL}])')
-    (hit_ratio,) = prometheus.query(dashboard_queries(interval=RATE_INTERVAL)["Hit ratio"][0])
-    assert images_per_s > 0
+    panels = dashboard_queries(interval=RATE_INTERVAL)
+    for title in ("Time in queue", "Mean batch size", "Computation", "Hand-over"):
+        assert len(prometheus.query(panels[title][0])) == 3, title  # both towers and preprocess_image_64
+        # Pictures have kept two of them busy; the texts came out of the cache.
+        assert len(prometheus.query(f"({panels[title][0]}) > 0")) >= 2, title
+    (hit_ratio,) = prometheus.query(panels["Hit ratio"][0])
     assert 0 < hit_ratio <= 1

@@ -26,6 +26,9 @@ bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 def bench_run(
     scenario: Annotated[str, typer.Argument(help="A TOML file, or a kept scenario: text, image, mixed, smoke.")],
     url: Url = "localhost:8001",
+    metrics_url: Annotated[
+        str | None, typer.Option("--metrics-url", help="Of that server; default http://HOST:8002/metrics.")
+    ] = None,
     start_server: Annotated[bool, typer.Option("--serve", help="Start the embedded server for this run.")] = False,
     model: Annotated[str | None, typer.Option("--model", help="Which model, where several are served.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write; default runs/bench/DATE-NAME.")] = None,
@@ -41,8 +44,13 @@ def bench_run(
 
     path = find_scenario(scenario)
     load_scenario(path)  # a slip in it should not cost a server's start
-    with embedded_server(repository) if start_server else nullcontext(url) as address, progress_bar("bench") as report:
-        written = run_bench(path, address, model, out, rates_of, report)
+    with embedded_server(repository) if start_server else nullcontext() as started, progress_bar("bench") as report:
+        addresses = (
+            (started.grpc, started.metrics)
+            if started
+            else (url, metrics_url or f"http://{url.rpartition(':')[0]}:8002/metrics")
+        )
+        written = run_bench(path, *addresses, model, out, rates_of, report)
     stdout.print(written, soft_wrap=True)
 
 

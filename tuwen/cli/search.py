@@ -17,6 +17,8 @@ from tuwen.cli.console import DEFAULT_REPOSITORY, Json, Repository, Url, progres
 if TYPE_CHECKING:
     from tuwen_client.search import Picture
 
+    from tuwen.serving.server import Endpoints
+
 
 def search(
     queries: Annotated[list[str], typer.Argument(help="Chinese queries.")],
@@ -35,8 +37,8 @@ def search(
 
     pictures = _gallery(images)
     skipped: list[InvalidInput] = []
-    with embedded_server(repository) if start_server else nullcontext(url) as address, Client(address, model) as client:
-        with progress_bar("embedding pictures") as report:
+    with embedded_server(repository) if start_server else nullcontext() as started:
+        with Client(started.grpc if started else url, model) as client, progress_bar("embedding pictures") as report:
             matches = rank_pictures(
                 client, queries, pictures, top, lambda done: report(done, len(pictures)), skipped.append
             )
@@ -82,8 +84,8 @@ def _gallery(path: Path) -> list[Picture]:
 
 
 @contextmanager
-def embedded_server(repository: Path) -> Iterator[str]:
-    """The embedded server on free ports of loopback; yields its gRPC address."""
+def embedded_server(repository: Path) -> Iterator[Endpoints]:
+    """The embedded server on free ports of loopback."""
     from tuwen.serving.model_repository import TUNED_CONFIG
     from tuwen.serving.ports import free_ports
     from tuwen.serving.server import EmbeddedServer
@@ -100,6 +102,6 @@ def embedded_server(repository: Path) -> Iterator[str]:
     try:
         with stderr.status("starting Triton"):
             endpoints = server.start()
-        yield endpoints.grpc
+        yield endpoints
     finally:
         server.stop(timeout_s=0)  # nobody else has asked it anything

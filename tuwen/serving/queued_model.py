@@ -32,7 +32,7 @@ _COUNTERS = {
     "tuwen_batch_items_total": "Requests in those batches",
     "tuwen_queue_duration_us_total": "Microseconds that these requests waited before",
     "tuwen_compute_duration_us_total": "Microseconds that the batches took",
-    "tuwen_queue_full_total": "Requests refused because the queue was full",
+    "tuwen_queue_full_total": "Requests refused because the queue, or those of all towers behind, was full",
     "tuwen_queue_expired_total": "Requests refused because they had waited too long",
 }
 
@@ -72,6 +72,13 @@ class QueuedModel:
                 self._metrics.add("tuwen_queue_full_total", 1)
                 _send(request, full_refusal())
         self._tell_room()
+
+    def must_refuse(self, request: Any, side: Side) -> bool:
+        """Whether to refuse a request that waited here, because the towers behind have no room; counted if so."""
+        is_refused = _is_in_vain(request, side)
+        if is_refused:
+            self._metrics.add("tuwen_queue_full_total", 1)
+        return is_refused
 
     def close(self) -> None:
         """Answer what waits, and end."""
@@ -144,19 +151,22 @@ def is_queued(config: dict[str, Any]) -> bool:
 
 @dataclass
 class _Metrics:
-    """Counters in Triton's /metrics, by model; told once a second, because telling is a call to the server."""
+    """Counters in Triton's /metrics, by model; told once a second, because telling is a call to the server.
+
+    Without a queue only refusals are counted.
+    """
 
     model: str
-    queue: RequestQueue[Any]
+    queue: RequestQueue[Any] | None
     _counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_COUNTERS, 0))
 
     def __post_init__(self) -> None:
+        names = ["tuwen_queue_full_total"] if self.queue is None else list(_COUNTERS)
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._families: list[Any] = []
-        self._counters = {
-            name: self._make(name, text, pb_utils.MetricFamily.COUNTER) for name, text in _COUNTERS.items()
-        }
-        self._size = self._make("tuwen_queue_size", "Requests that wait", pb_utils.MetricFamily.GAUGE)
+        self._counters = {name: self._make(name, _COUNTERS[name], pb_utils.MetricFamily.COUNTER) for name in names}
+        if self.queue is not None:
+            self._size = self._make("tuwen_queue_size", "Requests that wait", pb_utils.MetricFamily.GAUGE)
         self._thread = threading.Thread(target=self._tell_often, daemon=True)
         self._thread.start()
 
@@ -180,7 +190,8 @@ class _Metrics:
             for name, count in counts.items():
                 if count:
                     self._counters[name].increment(count)
-            self._size.set(len(self.queue))
+            if self.queue is not None:
+                self._size.set(len(self.queue))
 
 
 def _send(request: Any, response: Any) -> None:
@@ -192,7 +203,24 @@ def full_refusal() -> Any:
     return _refusal(_FULL)
 
 
-def must_refuse(request: Any, side: Side) -> bool:
+class EarlyRefusals:
+    """Of a step before the towers of this side, without a queue of its own."""
+
+    def __init__(self, model: str, side: Side) -> None:
+        self._side, self._metrics = side, _Metrics(model, None)
+
+    def must_refuse(self, request: Any) -> bool:
+        """Whether to refuse a request, because the towers behind have no room; counted if so."""
+        is_refused = _is_in_vain(request, self._side)
+        if is_refused:
+            self._metrics.add("tuwen_queue_full_total", 1)
+        return is_refused
+
+    def close(self) -> None:
+        self._metrics.close()
+
+
+def _is_in_vain(request: Any, side: Side) -> bool:
     """Whether a step before the towers of this side may refuse a request: it is bulk, and none of them has room."""
     return are_all_full(side) and _priority(request) != INTERACTIVE
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tuwen.errors import InvalidInput
 from tuwen.image_transform import MAX_IMAGE_PIXELS, preprocess_image
-from tuwen.serving.queued_model import QueuedModel, full_refusal, must_refuse
+from tuwen.serving.queued_model import QueuedModel, full_refusal
 
 _FLAG = {"true": True, "false": False}
 
@@ -34,7 +34,7 @@ class TritonPythonModel:
         return [self._respond(request) for request in requests]
 
     def _respond(self, request):
-        if must_refuse(request, "image"):
+        if self.queued.must_refuse(request, "image"):
             return full_refusal()
         files = pb_utils.get_input_tensor_by_name(request, "image").as_numpy()
         pixel_values = np.empty((len(files), 3, self.resolution, self.resolution), np.float32)

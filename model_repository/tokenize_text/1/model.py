@@ -1,22 +1,28 @@
 """text BYTES [1], UTF-8 -> input_ids INT64 [L], num_tokens, truncated; one bad text fails alone."""
 
+import json
+
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from tuwen.errors import InvalidInput
-from tuwen.serving.queued_model import full_refusal, must_refuse
+from tuwen.serving.queued_model import EarlyRefusals, full_refusal
 from tuwen.tokenizer import check_text, default_tokenizer, normalize_text
 
 
 class TritonPythonModel:
     def initialize(self, args):
         self.tokenizer = default_tokenizer()
+        self.refusals = EarlyRefusals(json.loads(args["model_config"])["name"], "text")
 
     def execute(self, requests):
         return [self._respond(request) for request in requests]
 
+    def finalize(self):
+        self.refusals.close()
+
     def _respond(self, request):
-        if must_refuse(request, "text"):
+        if self.refusals.must_refuse(request):
             return full_refusal()
         texts = pb_utils.get_input_tensor_by_name(request, "text").as_numpy().ravel()
         try:
