@@ -99,8 +99,9 @@ def test_a_refused_valid_picture_is_a_failure(models: Models) -> None:
 
 def test_a_model_that_raises_is_a_failure(models: Models) -> None:
     models._models["image"].resolution = -1
-    with pytest.raises(BadAnswer, match="execute raised ValueError"):
-        models.run(FuzzInput("image", "PNG", seed_pictures()[0][1], True))
+    for is_intact, sentence in ((True, "a valid PNG was refused: the server made a mistake"), (False, "code INTERNAL")):
+        with pytest.raises(BadAnswer, match=sentence):
+            models.run(FuzzInput("image", "PNG", seed_pictures()[0][1], is_intact))
 
 
 def test_both_models_are_the_committed_ones(models: Models) -> None:

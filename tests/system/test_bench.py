@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +39,20 @@ def analyzer() -> Analyzer:
         return find_analyzer()
     except MissingDependency as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def sample_server(sample_repository: Path) -> Iterator[EmbeddedServer]:
+    """Without the cache of answers: perf_analyzer sends the same texts again and again."""
+    ports = some_ports()
+    with EmbeddedServer(
+        sample_repository,
+        grpc_port=ports.grpc,
+        http_port=ports.http,
+        metrics_port=ports.metrics,
+        cache_size_bytes=0,
+    ) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
