@@ -111,7 +111,11 @@ class QueuedModel:
                 told = pb_utils.TritonError("the server made a mistake; its log says which")
                 responses = [pb_utils.InferenceResponse(error=told)] * len(taken.items)
             computed_s = time.perf_counter() - started
-            self._answered.put(list(zip(taken.items, responses, strict=True)))
+            answered = list(zip(taken.items, responses, strict=True))
+            if len(self._queue):
+                self._answered.put(answered)
+            else:  # nothing to compute meanwhile
+                _send_all(answered)
             self._metrics.add("tuwen_batches_total", 1)
             self._metrics.add("tuwen_batch_items_total", len(taken.items))
             self._metrics.add("tuwen_queue_duration_us_total", round(taken.waited_s * 1e6))
@@ -119,8 +123,7 @@ class QueuedModel:
 
     def _send_answered(self) -> None:
         while (answered := self._answered.get()) is not None:
-            for request, response in answered:
-                _send(request, response)
+            _send_all(answered)
 
 
 def read_limits(config: dict[str, Any]) -> QueueLimits:
@@ -192,6 +195,11 @@ class _Metrics:
                     self._counters[name].increment(count)
             if self.queue is not None:
                 self._size.set(len(self.queue))
+
+
+def _send_all(answered: list[tuple[Any, Any]]) -> None:
+    for request, response in answered:
+        _send(request, response)
 
 
 def _send(request: Any, response: Any) -> None:
