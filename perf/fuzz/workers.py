@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 from perf.fuzz.inputs import make_input
 from perf.fuzz.judgement import BadAnswer
 from perf.fuzz.models import Models
+from tuwen.serving.installation import MALLOC_ARENAS
 
 SAMPLE_EVERY = 100
 _STARTUP_S = 60.0
@@ -53,7 +55,12 @@ def rss_mib(pid: int | str = "self") -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_MIB
 
 
+_M_ARENA_MAX = -8  # source: malloc.h
+
+
 def _work(connection: Connection, seed: int, indices: range, load: Callable[[], Models]) -> None:
+    # As the embedded server sets it for its model processes; else every decoding thread keeps memory of its own.
+    ctypes.CDLL(None).mallopt(_M_ARENA_MAX, int(MALLOC_ARENAS))
     models = load()
     connection.send(None)
     for count, index in enumerate(indices):
