@@ -91,6 +91,16 @@ def test_a_bad_request_fails_alone_with_its_sentence(
     assert all(isinstance(outcome, InferenceServerException) for outcome in outcomes)
 
 
+@pytest.mark.parametrize("priority", ["x", -1, 2**40, True])
+def test_an_odd_priority_is_bulk_and_harms_nobody(
+    priority: object, sample_server: EmbeddedServer, client: Client
+) -> None:
+    with triton.InferenceServerClient(sample_server.endpoints.grpc) as raw:
+        text = text_input(f"优先级{priority}".encode())
+        answer = raw.infer("tiny_rn_text", [text], parameters={"queue_priority": priority})
+    assert np.allclose(answer.as_numpy("text_embeds"), client.embed_text([f"优先级{priority}"]), atol=1e-5)
+
+
 def test_the_client_names_the_item_and_keeps_what_was_done(client: Client) -> None:
     texts = ["猫"] * 40 + [" "] + ["狗"] * 40
     with pytest.raises(InvalidInput, match="item 40: text is empty") as raised:

@@ -6,7 +6,6 @@ Runs inside a model process of Triton (business logic scripting), where `triton_
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
@@ -22,6 +21,7 @@ from PIL import Image
 from tuwen.errors import InvalidInput
 from tuwen.image_transform import MAX_IMAGE_PIXELS, preprocess_image
 from tuwen.scoring import Calibration, load_calibration
+from tuwen.serving.queued_model import priority_of
 from tuwen.serving.request_queue import BULK
 from tuwen.specs import slugify
 from tuwen.tokenizer import check_text
@@ -199,7 +199,7 @@ async def answer_all(requests: list[Any], answer: Callable[[Any], Awaitable[dict
 
 
 async def _answer(request: Any, answer: Callable[[Any], Awaitable[dict[str, npt.NDArray[Any]]]]) -> Any:
-    _PRIORITY.set(json.loads(request.parameters() or "{}").get("queue_priority", BULK))
+    _PRIORITY.set(priority_of(request))
     _TIMEOUT_US.set(request.timeout())
     try:
         outputs = await answer(request)

@@ -68,7 +68,7 @@ class QueuedModel:
         for request in requests:
             rows = int(request.inputs()[0].shape()[0])
             timeout_s = request.timeout() / 1e6 or None
-            if not self._queue.put(request, _priority(request), rows, timeout_s):
+            if not self._queue.put(request, priority_of(request), rows, timeout_s):
                 self._metrics.add("tuwen_queue_full_total", 1)
                 _send(request, full_refusal())
         self._tell_room()
@@ -230,11 +230,13 @@ class EarlyRefusals:
 
 def _is_in_vain(request: Any, side: Side) -> bool:
     """Whether a step before the towers of this side may refuse a request: it is bulk, and none of them has room."""
-    return are_all_full(side) and _priority(request) != INTERACTIVE
+    return are_all_full(side) and priority_of(request) != INTERACTIVE
 
 
-def _priority(request: Any) -> int:
-    return int(json.loads(request.parameters() or "{}").get("queue_priority", BULK))
+def priority_of(request: Any) -> int:
+    """A request's `queue_priority`; BULK where it has none, or one that is no number of ours."""
+    priority = json.loads(request.parameters() or "{}").get("queue_priority")
+    return INTERACTIVE if priority == INTERACTIVE else BULK
 
 
 def _refusal(sentence: str) -> Any:
