@@ -231,6 +231,7 @@ def test_version_2_goes_beside_1(built_vit: Built, repository: Path) -> None:
     assert {path: after[path] for path in before} == before
     assert {path for path in after if path not in before and not path.endswith(".gitkeep")} == {
         *(f"small_vit_{kind}/2" for kind in TOWERS),
+        "small_vit_text_cached/2",
         *(f"small_vit_{kind}_tower/2" for kind in TOWERS),
         *(f"small_vit_{kind}_tower/2/{file}" for kind in TOWERS for file in ("model.onnx", "build.json")),
     }

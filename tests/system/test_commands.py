@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 from tuwen_client import Client
 
+from perf.processes import descendants
 from tests.system.conftest import SAMPLE_DATA, Ports, some_ports
 from tuwen.data.pairs import PairSet
 from tuwen.serving.server import EmbeddedServer
@@ -92,13 +93,7 @@ def test_serve_without_restart_ends_with_one_sentence(sample_repository: Path) -
 
 
 def _triton_descendants(pid: int) -> list[int]:
-    """Children started by other threads are listed under those."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            if "tritonserver" in Path(f"/proc/{child}/cmdline").read_text(errors="replace"):
-                found.append(int(child))
-    return found
+    return [found for found, command in descendants(pid).items() if command and command[0].endswith("/tritonserver")]
 
 
 def test_a_taken_port_is_one_sentence(sample_repository: Path) -> None:
