@@ -59,7 +59,7 @@ bench-serving: .venv/.bench
 	$(BIN)/python -m perf.preprocess
 	$(BIN)/python -m perf.lengths
 	$(BIN)/python -m perf.serving
-	$(MAKE) bench-overload bench-faults fuzz
+	$(MAKE) --keep-going bench-overload bench-faults fuzz
 
 # Three times as many texts as can be answered, for a minute; each bound that is missed fails it.
 bench-overload: .venv/.bench

@@ -31,11 +31,9 @@ Stored = TypeVar("Stored")
 
 MAX_IMAGES = 64
 MAX_TEXTS = 4096
-# Of one request, at a time: the towers' queues hold 256, and others want their place in them.
+# Of one request, at a time: the towers' queues hold 128, and others want their place in them.
 _MAX_IN_FLIGHT = 64
-# All of them, those that are read here in front: Triton's cache keeps of an answer what its first asker wanted, and
-# gives the next one no more.
-_TEXT_OUTPUTS = ("text_embeds", "fingerprint", "logit_scale", "num_tokens", "truncated")
+_TEXT_OUTPUTS = ("text_embeds", "fingerprint", "logit_scale")
 _ANY_RESOLUTION = 32  # whether a picture can be read does not depend on it
 # What Triton 2.51 says of a part that died, is being loaded, or stops.
 _RESTARTING = re.compile(r"is not healthy|is not ready|no available versions|Server is stopping|Server not ready")

@@ -52,8 +52,8 @@ TruncatedHook = Callable[[int], None]
 # Two full batches of the server's 32: one computes while the next one queues. `python -m perf.client_window` measures.
 DEFAULT_MAX_IN_FLIGHT = 64
 
-# Triton's cache keeps of an answer what its first asker wanted, and gives the next one no more: so that a text is of
-# use to all, everyone asks for everything.
+# Where a server caches a whole ensemble, Triton keeps of an answer what its first asker wanted, and gives the next one
+# no more. Ours caches within it; with another server it is well to ask for everything.
 _ALL_OUTPUTS = ()
 
 now = time.monotonic
