@@ -216,6 +216,15 @@ def test_a_server_that_hangs_is_started_anew_and_one_that_only_pauses_is_not(rep
         assert wait_until(is_right(held))
 
 
+def test_a_model_that_hangs_is_noticed_though_triton_calls_it_ready(repository: Path) -> None:
+    with supervised(repository, hang_timeout_s=3.0, probe_interval_s=0.5) as held:
+        assert wait_until(is_right(held))
+        os.kill(model_process(held.server, "tower_0_0"), signal.SIGSTOP)
+        assert wait_until(lambda: bool(held.events), 20)
+        assert "model pipeline" in held.events[0]
+        assert wait_until(is_right(held))
+
+
 def test_what_dies_again_and_again_is_given_up(repository: Path) -> None:
     with supervised(repository, max_repairs=1) as held:
         for _ in range(2):

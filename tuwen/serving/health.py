@@ -1,7 +1,8 @@
 """Does a server that says it is ready still answer? A model that hangs looks healthy to Triton.
 
-Requests that get done prove a model well. One that has nothing to do is asked something small now and then; one that
-neither answers that nor anything else for `hang_timeout_s` hangs. So a busy server is never asked, nor mistaken.
+Requests answered well prove a model well. One without is asked something small now and then; one that neither answers
+that nor anything else for `hang_timeout_s` hangs, and so does one whose process Triton twice calls unhealthy. So a busy
+server is never asked, nor mistaken.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tuwen.serving.control import ControlFailed, NoAnswer, ServerControl
 HANG_TIMEOUT_S = 15.0
 PROBE_INTERVAL_S = 15.0
 
+_NOT_RESPONDING = "is not healthy"  # Triton 2.51, where the process lives and has stopped
 _PIXEL = "P6 1 1 255 abc"  # a picture file that is also text: PPM, one pixel
 _COUNTER = itertools.count()
 
@@ -41,6 +43,7 @@ class HealthCheck:
         self._control, self._models = control, models
         self._hang_timeout_s, self._probe_interval_s = hang_timeout_s, probe_interval_s
         self._stopped = threading.Event()
+        self._unresponsive: set[str] = set()
         self.hung: str | None = None
         self._thread = threading.Thread(target=self._watch, name="health-check", daemon=True)
         self._thread.start()
@@ -52,7 +55,7 @@ class HealthCheck:
         finished: dict[str, int] = {}
         while not self._stopped.wait(self._probe_interval_s):
             try:
-                before, finished = finished, self._control.finished_requests(self._hang_timeout_s)
+                before, finished = finished, self._control.answered_requests(self._hang_timeout_s)
                 # Those that call others come first: their probe does for the others too.
                 for model in sorted(self._models, key=lambda name: name.endswith(("_text", "_image"))):
                     if finished.get(model) == before.get(model):
@@ -78,13 +81,20 @@ class HealthCheck:
         except NoAnswer as error:
             if self._stopped.is_set():
                 return finished
-            later = self._control.finished_requests(self._hang_timeout_s)
+            later = self._control.answered_requests(self._hang_timeout_s)
             if later.get(model) == finished.get(model):
                 raise NoAnswer(f"model {model} has not answered for {time.monotonic() - started:.0f} s") from error
             return later
-        except ControlFailed:  # an error is an answer
-            pass
-        return self._control.finished_requests(self._hang_timeout_s)
+        except ControlFailed as error:  # an error is an answer, but for the one that Triton gives in a process's place
+            if _NOT_RESPONDING not in str(error):
+                self._unresponsive.discard(model)
+            elif model in self._unresponsive:
+                raise NoAnswer(f"model {model} fails: a process of its does not respond") from error
+            else:  # it may have died just now, and is being replaced: the next probe tells
+                self._unresponsive.add(model)
+        else:
+            self._unresponsive.discard(model)
+        return self._control.answered_requests(self._hang_timeout_s)
 
 
 def probe_inputs(names: set[str]) -> list[dict[str, Any]] | None:
