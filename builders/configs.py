@@ -170,7 +170,7 @@ def text_tower(spec: ModelSpec, name: str) -> Model:
         name=f"{name}_text_tower",
         backend="onnxruntime",
         inputs=(_PACKED_INPUT_IDS,),
-        outputs=(_embeds("text", spec), _FINGERPRINT, _LOGIT_SCALE),
+        outputs=_text_tower_outputs(spec),
         parameters=_QUEUE_BOUNDS,
         # The texts of a batch are laid end to end, so that nobody pays for padding.
         batch_inputs=(
@@ -201,40 +201,41 @@ _TOWER_CHANGE = "Change here: the queue's bounds; instance_group, each with the 
 
 
 def cached_text_ensemble(spec: ModelSpec, name: str) -> Ensemble:
-    """The steps of a text, whose answer is kept, and given again to the same text without any step being run.
+    """The tower, whose answer is kept, and given again to the same token ids without computing it.
 
-    An ensemble within the one that clients call, because that one always asks for all outputs: Triton's key leaves out
-    which are asked for, and who asks for few would leave few for the next. Not the steps either: of those Triton would
-    keep refusals too, as answers without outputs (both seen with 2.51).
+    An ensemble of one step, because Triton keeps refusals of a plain model too, as answers without outputs. Within
+    another that always asks for all outputs: Triton's key leaves out which are asked for, and who asks for few would
+    leave few for the next. And behind the tokeniser: a hit that is the very first step ends a request while Triton's
+    gRPC front is still handing it over, and a client that then goes away takes the whole server down (all seen
+    with 2.51; `python -m perf.cancellations` measures the last).
     """
     return Ensemble(
         name=f"{name}_text_cached",
-        inputs=(_TEXT,),
-        outputs=_text_outputs(spec),
-        steps=(
-            Step("tokenize_text", (("text", "text"),), _same("input_ids", "num_tokens", "truncated")),
-            Step(f"{name}_text_tower", _same("input_ids"), _same("text_embeds", "fingerprint", "logit_scale")),
-        ),
-        purpose=f"{spec.name}: Chinese text -> text_embeds, out of the cache where it was asked before.",
-        change="Change here: response_cache. Clients call the ensemble around this one.",
+        inputs=(_INPUT_IDS,),
+        outputs=_text_tower_outputs(spec),
+        steps=(Step(f"{name}_text_tower", _same("input_ids"), _names(_text_tower_outputs(spec))),),
+        purpose=f"{spec.name}: input_ids -> text_embeds, out of the cache where they were asked before.",
+        change="Change here: response_cache. A step of the ensemble that clients call.",
         cached=True,
     )
 
 
 def text_ensemble(spec: ModelSpec, name: str) -> Ensemble:
-    outputs = _text_outputs(spec)
     return Ensemble(
         name=f"{name}_text",
         inputs=(_TEXT,),
-        outputs=outputs,
-        steps=(Step(f"{name}_text_cached", _same("text"), _same(*(output.name for output in outputs))),),
+        outputs=(*_text_tower_outputs(spec), *_TOKEN_COUNT),
+        steps=(
+            Step("tokenize_text", _same("text"), _same("input_ids", "num_tokens", "truncated")),
+            Step(f"{name}_text_cached", _same("input_ids"), _names(_text_tower_outputs(spec))),
+        ),
         purpose=f"{spec.name}: Chinese text -> text_embeds. What clients call.",
         change="Nothing to change here: an ensemble only joins its steps; tune those.",
     )
 
 
-def _text_outputs(spec: ModelSpec) -> tuple[Tensor, ...]:
-    return (_embeds("text", spec), _FINGERPRINT, _LOGIT_SCALE, *_TOKEN_COUNT)
+def _text_tower_outputs(spec: ModelSpec) -> tuple[Tensor, ...]:
+    return (_embeds("text", spec), _FINGERPRINT, _LOGIT_SCALE)
 
 
 def image_ensemble(spec: ModelSpec, name: str) -> Ensemble:
@@ -301,6 +302,10 @@ def _scores() -> tuple[Tensor, ...]:
 def _same(*names: str) -> tuple[tuple[str, str], ...]:
     """A step's tensors, called the same in the ensemble."""
     return tuple((name, name) for name in names)
+
+
+def _names(tensors: tuple[Tensor, ...]) -> tuple[tuple[str, str], ...]:
+    return _same(*(tensor.name for tensor in tensors))
 
 
 def _pixel_values(resolution: int) -> Tensor:

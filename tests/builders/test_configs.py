@@ -75,7 +75,7 @@ def test_names_and_dims_follow_the_spec(spec: ModelSpec) -> None:
         f"preprocess_image_{side}": {"image": image, "pixel_values": pixel_values},
         f"{slug}_text_tower": {"input_ids": input_ids} | of_text,
         f"{slug}_image_tower": {"pixel_values": pixel_values, "image_embeds": embeds, "fingerprint": fingerprint},
-        f"{slug}_text_cached": {"text": text} | of_text | counts,
+        f"{slug}_text_cached": {"input_ids": input_ids} | of_text,
         f"{slug}_text": {"text": text} | of_text | counts,
         f"{slug}_image": {"image": image, "image_embeds": embeds, "fingerprint": fingerprint},
     }
@@ -101,7 +101,9 @@ def test_ensembles_join_what_fits(spec: ModelSpec) -> None:
 def test_the_cache_is_within_an_ensemble_that_always_asks_for_everything() -> None:
     found = parsed(VIT_B_16, "vit_b_16")
     assert [name for name, config in found.items() if config.response_cache.enable] == ["vit_b_16_text_cached"]
-    (step,) = found["vit_b_16_text"].ensemble_scheduling.step
+    tokenise, step = found["vit_b_16_text"].ensemble_scheduling.step
+    assert tokenise.model_name == "tokenize_text"  # a hit must not be the first step: see cached_text_ensemble
+    assert step.model_name == "vit_b_16_text_cached"
     assert set(step.output_map) == {output.name for output in found["vit_b_16_text_cached"].output}
 
 

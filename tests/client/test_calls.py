@@ -219,3 +219,34 @@ def test_lost_memory_is_sent_again_at_once_even_without_retries() -> None:
     )
     assert all(call.answer for call in world.run(9))
     assert world.clock == 0.0
+
+
+def test_what_takes_too_long_is_given_up_and_its_late_answer_ignored() -> None:
+    window = Window(4, 2.0, RetryPolicy(), Endpoints(["a:1"]))
+    for index in range(2):
+        window.add(index, index, (), now=float(index))
+        attempt = window.next_attempt(float(index))
+        assert attempt is not None
+    assert window.wait_s(1.5) == pytest.approx(0.5)  # until the first is given up
+    window.expire(1.9)
+    assert not window.has_result
+    window.expire(2.0)
+    first = window.pop()
+    assert isinstance(first.error, DeadlineExceeded)
+    assert not window.has_result
+    window.settle(attempt, "answer", at=2.5)
+    window.expire(100.0)
+    assert window.pop().answer == "answer"
+    assert window.wait_s(100.0) is None
+
+
+def test_a_late_answer_changes_nothing() -> None:
+    window = Window(1, 1.0, RetryPolicy(), Endpoints(["a:1"]))
+    window.add(0, "item", (), now=0.0)
+    attempt = window.next_attempt(0.0)
+    assert attempt is not None
+    window.expire(1.0)
+    window.settle(attempt, "answer", at=1.1)
+    call = window.pop()
+    assert call.answer is None
+    assert isinstance(call.error, DeadlineExceeded)

@@ -273,7 +273,6 @@ class AsyncClient(Core):
                             await self._tell(flight.failure(call), on_invalid)
                         yield call
             finally:  # on an error, or when the caller stops iterating
-                flight.give_up()
                 source.cancel()
 
     async def _tell(self, error: TuwenError, on_invalid: InvalidHook | None) -> None:

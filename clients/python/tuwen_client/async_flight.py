@@ -73,16 +73,18 @@ async def fly(flight: Flight[Any], source: Source, events: asyncio.Queue[Any]) -
         await _send_due(flight)
         while not events.empty():
             await _take(events.get_nowait(), flight, source)
+        window.expire(now())
 
 
 async def _next_event(events: asyncio.Queue[Any], timeout_s: float | None) -> Any:
-    """A request that ended, or an item that came; None when a request is due first."""
+    """A request that ended, or an item that came; None when a request is due first, or has taken too long."""
     if timeout_s is None:
         return await events.get()
+    timer = asyncio.get_running_loop().call_later(timeout_s, events.put_nowait, None)
     try:
-        return await asyncio.wait_for(events.get(), timeout_s)
-    except TimeoutError:
-        return None
+        return await events.get()
+    finally:
+        timer.cancel()
 
 
 async def _take(event: Any, flight: Flight[Any], source: Source) -> None:

@@ -56,6 +56,7 @@ class Attempt:
     call: Call
     endpoint: Endpoint
     timeout_s: float
+    is_settled: bool = False
 
 
 class Window:
@@ -79,6 +80,7 @@ class Window:
         )  # fmt: skip
         self._calls: deque[Call] = deque()
         self._due: list[tuple[float, int, Call]] = []
+        self._sent: list[tuple[float, int, int, Attempt]] = []  # by deadline
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -115,20 +117,37 @@ class Window:
         call.deadline_at += now - call.due_at
         call.attempts += 1
         avoid = call.lacking or ({call.failed} if call.failed else ())
-        return Attempt(call, self._endpoints.choose(now, avoid), call.deadline_at - now)
+        attempt = Attempt(call, self._endpoints.choose(now, avoid), call.deadline_at - now)
+        heapq.heappush(self._sent, (call.deadline_at, call.index, call.attempts, attempt))
+        return attempt
 
     def wait_s(self, now: float) -> float | None:
-        """Seconds until something is due; None when nothing is but what is under way."""
-        return max(0.0, self._due[0][0] - now) if self._due else None
+        """Seconds until something is due, to be sent or to be given up; None when nothing is."""
+        self._forget_settled()
+        times = [heap[0][0] for heap in (self._due, self._sent) if heap]
+        return max(0.0, min(times) - now) if times else None
+
+    def expire(self, now: float) -> None:
+        """Settle what is under way and past its deadline. Look first at what has ended: it may be among it."""
+        self._forget_settled()
+        while self._sent and self._sent[0][0] <= now:
+            self.settle(self._sent[0][-1], DeadlineExceeded("the server did not answer in time"), now)
+            self._forget_settled()
+
+    def _forget_settled(self) -> None:
+        while self._sent and self._sent[0][-1].is_settled:
+            heapq.heappop(self._sent)
 
     def settle(self, attempt: Attempt, outcome: object, at: float) -> None:
-        """An attempt ended.
+        """An attempt ended; that of one that was given up changes nothing.
 
         Args:
             outcome: the answer, or the error.
             at: when it ended.
         """
-        call = attempt.call
+        if attempt.is_settled:
+            return
+        call, attempt.is_settled = attempt.call, True
         if not isinstance(outcome, TuwenError):
             self._endpoints.answered(attempt.endpoint)
             call.answer = outcome

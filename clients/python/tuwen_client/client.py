@@ -299,13 +299,10 @@ class Client(Core):
         model = self.model
         with client_span(operation, model, self.url) as headers:
             flight = self._flight(job, model, ended.put, headers, asked)
-            try:
-                for call in _fly(flight, enumerate(items), ended):
-                    if call.error is not None:
-                        self._tell(flight.failure(call), on_invalid)
-                    yield call
-            finally:  # on an error, or when the caller stops iterating
-                flight.give_up()
+            for call in _fly(flight, enumerate(items), ended):
+                if call.error is not None:
+                    self._tell(flight.failure(call), on_invalid)
+                yield call
 
     def _tell(self, error: TuwenError, on_invalid: InvalidHook | None) -> None:
         if isinstance(error, ModelNotFound):
@@ -361,10 +358,11 @@ def _fly(flight: Flight[Any], source: Iterator[tuple[int, object]], ended: queue
         with contextlib.suppress(queue.Empty):
             while True:
                 flight.take(ended.get_nowait())
+        window.expire(now())
 
 
 def _wait(flight: Flight[Any], ended: queue.SimpleQueue[Sent]) -> None:
-    """Until a request ends or another is due."""
+    """Until a request ends, another is due, or one has taken too long."""
     with contextlib.suppress(queue.Empty):
         flight.take(ended.get(timeout=flight.window.wait_s(now())))
 

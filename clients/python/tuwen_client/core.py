@@ -224,7 +224,6 @@ class Flight(Generic[Answer]):
         self._core, self._job, self._model = core, job, model
         self.window = window
         self._deliver, self._headers, self._asked = deliver, headers, asked
-        self._under_way: set[Sent] = set()
 
     def packed(self, item: object) -> Any:
         """The item's tensors, or the error for an item that has none."""
@@ -251,6 +250,9 @@ class Flight(Generic[Answer]):
 
     def send(self, attempt: Attempt) -> None:
         """Start the request."""
+        if self._core._is_closed:
+            self.window.settle(attempt, closed_error(self._core.url), now())
+            return
         server = self._core._servers[attempt.endpoint.number]
         tensors = attempt.call.tensors
         lease = server.pictures.put(tensors[0].data) if server.pictures and self._job.may_share else None
@@ -272,12 +274,12 @@ class Flight(Generic[Answer]):
                 raise
             self.window.settle(attempt, closed_error(self._core.url), now())
             return
-        self._under_way.add(sent)
         sent.future.add_done_callback(lambda future: self._ended(sent))
 
     def take(self, sent: Sent) -> None:
         """A request was delivered: read what came of it."""
-        self._under_way.discard(sent)
+        if sent.attempt.is_settled:  # too late
+            return
         try:
             outcome: object = self._read(response_of(sent.future))
         except TuwenError as error:
@@ -288,16 +290,11 @@ class Flight(Generic[Answer]):
         """The error of a call, with its item and the rows that overtook it."""
         assert call.error is not None
         error = TuwenError(call.error.message) if isinstance(call.error, RegionLost) else call.error
+        if isinstance(error, DeadlineExceeded):
+            error.message = f"{error.message}; timeout_s is {self._asked.timeout_s:g}"
         error.index, error.item = call.index, self._job.describe(call.item)
         error.partial = {other.index: other.answer.row for other in self.window if isinstance(other.answer, Embedded)}
         return error
-
-    def give_up(self) -> None:
-        """Nobody waits any more."""
-        for sent in self._under_way:
-            # A picture in shared memory may be read until the server has answered: let it answer.
-            if sent.lease is None:
-                sent.future.cancel()
 
     def _ended(self, sent: Sent) -> None:
         sent.ended_at = now()
@@ -316,8 +313,6 @@ class Flight(Generic[Answer]):
         return answer
 
     def _explained(self, error: TuwenError, sent: Sent) -> TuwenError:
-        if isinstance(error, DeadlineExceeded):
-            error.message = f"{error.message}; timeout_s is {self._asked.timeout_s:g}"
         if sent.lease and "shared memory region" in error.message:
             pictures = self._core._servers[sent.attempt.endpoint.number].pictures
             if pictures is not None:

@@ -6,6 +6,7 @@ processor time an item than `grpc.aio` (149 against 132 µs, measured), and ther
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import grpc
@@ -19,6 +20,11 @@ from tuwen_client.tracing import Headers
 # What a server reads to open shared memory to a client; source: tuwen/serving/access.py.
 TOKEN_HEADER = "triton-grpc-protocol-tuwen-admin-token"  # noqa: S105, a name
 _GOODBYE_TIMEOUT_S = 1.0
+# No request is ever cancelled on its way, not even by a deadline: Triton before 25.04 may crash of that, taking all
+# other requests with it (its issues 7368 and 8034; `python -m perf.cancellations` measures it). A caller whose time is
+# up goes on, the request ends by itself: the server's queues drop it then. These bound what a server that hangs keeps.
+_ABANDONED_FOR_S = 60.0
+_CLOSE_TIMEOUT_S = 3.0
 
 _CHANNEL_ARGS = [
     # A server that comes back is found again within 0.3 s, instead of gRPC's default back-off of up to two minutes.
@@ -49,23 +55,41 @@ class Server:
         self._channel = _open_channel(url, options)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self.pictures = SharedPictures(self._register, self._unregister) if options.shared_memory else None
+        self._under_way = 0
+        self._ended = threading.Condition()
 
     def infer(self, request: Any, timeout_s: float, headers: Headers) -> Any:
-        """The future of a ModelInferResponse."""
-        return self._stub.ModelInfer.future(request, timeout=timeout_s, metadata=self._options.headers + headers)
+        """The future of a ModelInferResponse.
+
+        It may come long after timeout_s, when nobody waits for it any more; the caller keeps the time.
+        """
+        future = self._stub.ModelInfer.future(
+            request, timeout=timeout_s + _ABANDONED_FOR_S, metadata=self._options.headers + headers
+        )
+        with self._ended:
+            self._under_way += 1
+        future.add_done_callback(self._count_ended)
+        return future
 
     def ask(self, method: str, request: Any) -> Any:
         """The future of another method's response."""
         return self._future(method, request, self._options.timeout_s, self._options.headers)
 
     def close(self) -> None:
-        """Give back the memory, close the channel; what is under way ends as cancelled."""
+        """Give back the memory, close the channel; what is under way may end first, if it does so soon."""
+        with self._ended:
+            self._ended.wait_for(lambda: self._under_way == 0, _CLOSE_TIMEOUT_S)
         if self.pictures is not None:
             self.pictures.close()
         self._channel.close()
 
     def _future(self, method: str, request: Any, timeout_s: float, headers: Headers) -> Any:
         return getattr(self._stub, method).future(request, timeout=timeout_s, metadata=headers)
+
+    def _count_ended(self, _: Any) -> None:
+        with self._ended:
+            self._under_way -= 1
+            self._ended.notify_all()
 
     def _register(self, region: Region) -> None:
         request = service_pb2.SystemSharedMemoryRegisterRequest(
