@@ -1,6 +1,6 @@
 """How many requests that are taken back does Triton survive? And what does our client do instead?
 
-    python -m perf.cancellations            # the sample, some three minutes
+    tuwen build --checkpoint samples/emoji_tiny && python -m perf.cancellations      # some two minutes
 
 Triton before 25.04 has races between an answer and its cancellation, by the client, its deadline, or its death (issues
 7368 and 8034 of triton-inference-server/server), and crashes of them; the embedded server is 2.51. Bursts of requests
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,11 +23,10 @@ from tritonclient.grpc import service_pb2_grpc
 from tuwen_client import AsyncClient, TuwenError
 from tuwen_client.codec import bytes_tensor, infer_request
 
-from builders.build import build
 from tuwen.serving.ports import free_ports
 from tuwen.serving.server import EmbeddedServer
 
-SAMPLE = Path("samples/emoji_tiny")
+REPOSITORY = Path("model_repository")
 MODEL = "tiny_rn"
 BURST = 64
 _MAX_WAIT_S = 0.05
@@ -65,13 +63,13 @@ def taken_back_by_our_client(url: str, texts: list[str]) -> None:
     asyncio.run(run())
 
 
-def count_deaths(repository: Path, burst: Burst, is_repeated: bool, requests: int) -> int:
+def count_deaths(burst: Burst, is_repeated: bool, requests: int) -> int:
     """How often the server died of so many requests taken back."""
     deaths, left = 0, requests
     texts = [f"第{number}个" for number in range(BURST)]
     while left > 0:
         grpc_port, http_port, metrics_port = free_ports(3)
-        server = EmbeddedServer(repository, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
+        server = EmbeddedServer(REPOSITORY, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
         try:
             url = server.start().grpc
             while left > 0 and server.is_alive:
@@ -89,13 +87,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     random.seed(options.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        repository = Path(folder) / "repository"
-        build(SAMPLE, repository=repository)
-        print(f"of {options.requests} requests taken back, the server died")
-        for name, burst in (("on the wire", taken_back_on_the_wire), ("by our client", taken_back_by_our_client)):
-            for kind, is_repeated in (("new texts", False), ("repeated texts", True)):
-                print(f"{name:14s}{kind:16s}{count_deaths(repository, burst, is_repeated, options.requests):4d} times")
+    print(f"of {options.requests} requests taken back, the server died")
+    for name, burst in (("on the wire", taken_back_on_the_wire), ("by our client", taken_back_by_our_client)):
+        for kind, is_repeated in (("new texts", False), ("repeated texts", True)):
+            print(f"{name:14s}{kind:16s}{count_deaths(burst, is_repeated, options.requests):4d} times")
 
 
 if __name__ == "__main__":
