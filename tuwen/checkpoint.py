@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tuwen.errors import InvalidInput
-from tuwen.files import atomic_file, replace_folder
+from tuwen.files import atomic_file, atomic_path, replace_folder, write_text
 from tuwen.model import ChineseCLIP
 from tuwen.specs import SPECS, ModelSpec, VisionSpec
 
@@ -60,7 +60,7 @@ def load_checkpoint(path: Path, spec: ModelSpec | None = None) -> ChineseCLIP:
         InvalidInput: the path is missing, truncated or of an unknown format, or its weights do not fit; the
             sentence names the file, the key and both shapes.
     """
-    state_dict, own_spec, source = _read(path)
+    state_dict, own_spec, source = read_checkpoint(path)
     model = ChineseCLIP(spec or own_spec or infer_spec(state_dict, source))
     load_weights(model, state_dict, source)
     return model.eval()
@@ -113,8 +113,12 @@ def interpolate_positions(positions: Tensor, num_positions: int) -> Tensor:
 # --- reading -----------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> tuple[StateDict, ModelSpec | None, Path]:
-    """The state dict with published names, the architecture if the checkpoint names it, and the weights' file."""
+def read_checkpoint(path: Path) -> tuple[StateDict, ModelSpec | None, Path]:
+    """The state dict with published names, the architecture if the checkpoint names it, and the weights' file.
+
+    Raises:
+        InvalidInput: as `load_checkpoint`, but for weights that do not fit.
+    """
     if path.is_file():
         return read_official(path), None, path
     if not path.is_dir():
@@ -217,14 +221,25 @@ def save_checkpoint(
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
     try:
-        weights = {key: _to_dtype(value, dtype) for key, value in model.state_dict().items()}
-        save_file(weights, staging / "model.safetensors")
-        config = {"format": FORMAT, "architecture": model.spec.to_dict()}
-        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (staging / "README.md").write_text(model_card, encoding="utf-8")
+        write_checkpoint(staging, model.spec, model.state_dict(), model_card, dtype)
         replace_folder(staging, out_dir)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_checkpoint(
+    folder: Path,
+    spec: ModelSpec,
+    state_dict: Mapping[str, Tensor],
+    model_card: str = "",
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Write the files of a checkpoint into a folder, which may hold others; each appears whole."""
+    with atomic_path(folder / "model.safetensors") as path:
+        save_file({key: _to_dtype(value, dtype) for key, value in state_dict.items()}, path)
+    write_text(folder / "README.md", model_card)
+    config = {"format": FORMAT, "architecture": spec.to_dict()}
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def save_official(model: ChineseCLIP, path: Path, epoch: int = 0, step: int = 0) -> None:

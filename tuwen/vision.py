@@ -109,10 +109,14 @@ class VisionTransformer(nn.Module):
         self.ln_post = nn.LayerNorm(spec.width)
         self.proj = nn.Parameter(scale * torch.randn(spec.width, embed_dim))
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, patches_kept: Tensor | None = None) -> Tensor:
+        """Features of pictures of which only some patches are looked at: int64 (B, K) of grid^2; by default all."""
         patches = self.conv1(pixel_values).flatten(2).transpose(1, 2)  # (B, grid^2, C)
         class_token = self.class_embedding.expand(patches.shape[0], 1, -1)
         x = torch.cat([class_token, patches], dim=1) + self.positional_embedding
+        if patches_kept is not None:
+            rows = torch.arange(x.shape[0], device=x.device)[:, None]
+            x = torch.cat([x[:, :1], x[rows, patches_kept + 1]], dim=1)
         x = self.transformer(self.ln_pre(x))
         return self.ln_post(x) @ self.proj
 
