@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -164,7 +165,7 @@ def _from_workers(made: _MadeBatches, positions: _Positions, data: DataSection) 
     return workers
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 

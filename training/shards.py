@@ -3,8 +3,9 @@
     batches = ShardBatches(recipe.data, resolution=224, batch_size=32768, seed=0)
     batches.batch(epoch=0, number=1000)
 
-An epoch shuffles the shards, and the lines of a few shards together. Any position of that order is found without reading
-what comes before it, so resuming costs nothing; and only a process's own lines are read. Texts travel without padding.
+An epoch shuffles the shards, and the lines of a few shards together. Any position of that order is found without
+reading what comes before it, so that resuming costs nothing, and a process reads its own lines alone. Texts travel
+without padding.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import IO
 
-import numpy as np
 import torch
 
 from training.batch import Batch, InputIds, Keys
@@ -239,7 +239,7 @@ class LineReader:
         if path not in self._files:
             while len(self._files) >= SHARDS_TOGETHER:
                 self._files.pop(next(iter(self._files))).close()
-            self._files[path] = open(path, "rb", buffering=0)
+            self._files[path] = open(path, "rb", buffering=0)  # noqa: SIM115, closed above
         return self._files[path]
 
 

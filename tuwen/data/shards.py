@@ -2,9 +2,9 @@
 
     tuwen data shards --data DIR --split train --out SHARDS --shards 64
 
-A line is `image id, tab, base64 of the picture file, tab, caption`, a pair each. `NAME.tsv.idx` is int64, little-endian:
-where each line starts, then the size of the file. One that is missing, older than its shard or says another size is made
-by reading the shard once.
+A line is `image id, tab, base64 of the picture file, tab, caption`, a pair each. `NAME.tsv.idx` is int64,
+little-endian: where each line starts, then the size of the file. One that is missing, older than its shard or says
+another size is made by reading the shard once.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ def write_shards(
 ) -> Path:
     """Write a split's pairs, shuffled, as shards of equal length; returns their folder, `OUT/SPLIT`.
 
-    A picture is written once for each of its captions; a pair with a blank one is left out. The folder appears whole or not at all; one that was there stays
-    until then.
+    A picture is written once for each of its captions; a pair with a blank one is left out. The folder appears whole
+    or not at all; one that was there stays until then.
     Raises:
         InvalidInput: the split cannot be read, or has fewer pairs than shards.
     """
