@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tuwen.cli.console import Data, Json, Out, progress_bar, stdout
+from tuwen.specs import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
     from tuwen.data.check import Report
@@ -66,23 +67,27 @@ def data_shards(
     data: Data,
     out: Out,
     split: Annotated[str, typer.Option("--split", help="Which split of the data.")] = "train",
-    num_shards: Annotated[int, typer.Option("--shards", help="How many files to write.")] = 16,
+    num_shards: Annotated[int, typer.Option("--shards", min=1, help="How many files to write.")] = 16,
 ) -> None:
     """Write pairs as shards, for sets too large to index in memory: shuffled, a pair a line."""
     from tuwen.data.shards import write_shards
 
     with progress_bar(split) as report:
         written = write_shards(data, split, out, num_shards, report)
-    stdout.print(f'{written}: {num_shards} shards; in a recipe: data.shards = "{written}/*.tsv"', soft_wrap=True)
+    stdout.print(
+        f'{written}: {num_shards} shards; in a recipe: data.shards = "{written}/*.tsv"', soft_wrap=True, markup=False
+    )
 
 
 @data_app.command("check")
 def data_check(
     data: Data,
     split: Annotated[str, typer.Option("--split", help="Which split of the data.")] = "train",
-    context_length: Annotated[int, typer.Option("--context-length", help="Tokens a caption is cut to.")] = 52,
+    context_length: Annotated[
+        int, typer.Option("--context-length", min=3, help="Tokens a caption is cut to.")
+    ] = CONTEXT_LENGTH,
     num_workers: Annotated[
-        int | None, typer.Option("--workers", help="Processes that decode; default: one a core.")
+        int | None, typer.Option("--workers", min=0, help="Processes that decode; default: one a core.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -125,8 +125,6 @@ def check_pairs(
         InvalidInput: the split cannot be opened.
         TuwenError: a process died over a picture.
     """
-    if context_length < 3:
-        raise InvalidInput(f"context_length {context_length}: expected at least 3, for [CLS], one token and [SEP]")
     pairs = open_pairs(data_dir, split)
     texts, image_ids = pairs.texts, pairs.image_ids
     unreadable, same_file, same_pixels = _check_pictures(pairs, num_workers, on_progress)
