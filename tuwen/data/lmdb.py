@@ -31,6 +31,8 @@ from tuwen.files import replace_folder
 ProgressHook = Callable[[int, int, str], None]
 
 _INITIAL_MAP_BYTES = 64 * 2**20
+# On Windows the file is as large as its map, so it is not doubled beyond this.
+_MAX_GROWTH_BYTES = 2**30
 _COMMIT_EVERY = 1000
 
 
@@ -109,7 +111,8 @@ def _commit(environment: lmdb.Environment, items: list[tuple[bytes, bytes]]) -> 
                     transaction.put(key, value)
             return
         except lmdb.MapFullError:  # the transaction was rolled back; nothing of it is there
-            environment.set_mapsize(environment.info()["map_size"] * 2)
+            size = environment.info()["map_size"]
+            environment.set_mapsize(size + min(size, _MAX_GROWTH_BYTES))
 
 
 # --- reading ------------------------------------------------------------------------------------------------

@@ -1,0 +1,104 @@
+"""Encoded pictures -> a batch's pixels; a picture that cannot be read leaves a grey row and no error.
+
+pixels, is_readable = to_batch([decode_pixels(encoded, 224), None], 224, None, generator)
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tuwen.errors import InvalidInput
+from tuwen.image_transform import decode_drafted, resize_image
+
+# (pixels float32 (b, 3, R, R) in [0, 1], generator) -> the same, changed.
+Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+Picture = npt.NDArray[np.uint8]
+
+_GREY = 0.5
+_KEPT, _UNREADABLE = 1, 2
+
+
+def decode_pixels(encoded: bytes, resolution: int) -> Picture:
+    """uint8 (R, R, 3) as `tuwen.image_transform` makes them before normalising; a large JPEG is decoded at a fraction.
+
+    Raises:
+        InvalidInput: it cannot be decoded; the sentence says why.
+    """
+    image, box = decode_drafted(encoded, resolution)
+    return resize_image(image, resolution, box)
+
+
+def to_batch(
+    pictures: Sequence[Picture | None], resolution: int, augmentation: Augmentation | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Pixels float32 (b, 3, R, R) in [0, 1], augmented, and bool (b,): which of them were readable, so not None."""
+    is_readable = torch.tensor([picture is not None for picture in pictures])
+    rows = np.zeros((len(pictures), resolution, resolution, 3), np.uint8)
+    for row, picture in zip(rows, pictures, strict=True):
+        if picture is not None:
+            row[:] = picture
+    pixels = torch.from_numpy(rows).permute(0, 3, 1, 2).float().div_(255)
+    if augmentation is not None:
+        pixels = augmentation(pixels, generator)
+    pixels[~is_readable] = _GREY
+    return pixels, is_readable
+
+
+class PictureMemory:
+    """What is known of N pictures, in memory that processes forked later share: their pixels, and which are unreadable.
+
+    Anonymous memory rather than a file in /dev/shm, of which a container has 64 MB. A process that is spawned, not
+    forked, starts with an empty one of its own.
+
+    Raises:
+        InvalidInput: `keeps_pixels`, and they are more than this machine's memory.
+    """
+
+    def __init__(self, count: int, resolution: int, keeps_pixels: bool) -> None:
+        self._arguments = (count, resolution, keeps_pixels)
+        size = count * resolution * resolution * 3
+        if keeps_pixels and size > (memory := _memory_bytes()):
+            raise InvalidInput(
+                f"data.cache_decoded: {count} pictures of {resolution} x {resolution} take {size / 2**30:.1f} GiB, "
+                f"this machine has {memory / 2**30:.1f} GiB"
+            )
+        self._states = _shared_bytes(count)
+        # Pages are taken as they are written, so that what is never decoded costs nothing.
+        self._pixels = _shared_bytes(size).reshape(count, resolution, resolution, 3) if keeps_pixels else None
+
+    def __reduce__(self) -> tuple[type[PictureMemory], tuple[int, int, bool]]:
+        return PictureMemory, self._arguments
+
+    def pixels(self, picture: int) -> Picture | None:
+        """uint8 (R, R, 3) if a process has kept them."""
+        return self._pixels[picture] if self._pixels is not None and self._states[picture] == _KEPT else None
+
+    def keep(self, picture: int, pixels: Picture) -> None:
+        """Keep a picture's pixels for all processes, if this memory does so."""
+        if self._pixels is not None:
+            self._pixels[picture] = pixels
+            self._states[picture] = _KEPT  # last: another process may look at any moment
+
+    def is_first_failure(self, picture: int) -> bool:
+        """Whether no process has noted this picture as unreadable before; notes it."""
+        is_first = bool(self._states[picture] != _UNREADABLE)
+        self._states[picture] = _UNREADABLE
+        return is_first
+
+
+def _shared_bytes(count: int) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(mmap.mmap(-1, max(1, count)), np.uint8)[:count]
+
+
+def _memory_bytes() -> int:
+    """Of this machine; where it does not tell, no bound."""
+    if not hasattr(os, "sysconf"):
+        return 2**63
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
