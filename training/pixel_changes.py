@@ -18,7 +18,7 @@ Change = Callable[[Tensor, Tensor], Tensor]
 
 # Luma weights of ITU-R BT.601, as Pillow's "L" mode uses.
 LUMA = torch.tensor([0.299, 0.587, 0.114])
-# At an amount of 1; source: the authors' code for 1805.09501 and 1909.13719, with shifts as a share of the side.
+# At an amount of 1; source: AutoAugment's ranges (arXiv 1805.09501), where a shift is 150 of 331 pixels.
 _MAX_DEGREES, _MAX_SHEAR, _MAX_SHIFT, _MAX_FACTOR, _MAX_LOST_BITS = 30, 0.3, 0.45, 0.9, 4
 
 

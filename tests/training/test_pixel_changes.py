@@ -17,7 +17,7 @@ from training.pixel_changes import CHANGES, Change
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIDE, BATCH = 40, 6
-AMOUNTS = [-1.0, -0.9, -0.35, 0.2, 0.9, 1.0]
+AMOUNTS = [-1.0, -0.9, -0.35, 0.5, 0.9, 1.0]
 # Pillow rounds to a whole value of 255 after each of the few operations of a change.
 ROUNDING = 2.1 / 255
 # One value more or less on either side of a threshold or in a table is another value altogether: 8 bits are exact.
