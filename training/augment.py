@@ -11,18 +11,42 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from training.pixel_changes import CHANGES, LUMA, look_up, neighbourhood
 from training.recipe import AugmentSection
 
-# Luma weights of ITU-R BT.601, as Pillow's "L" mode uses.
-_LUMA = torch.tensor([0.299, 0.587, 0.114])
+# Of a crop's aspect ratio, as ln; source: CLIP's and Chinese-CLIP's random resized crop, 3/4 to 4/3.
+_MAX_LOG_RATIO = math.log(4 / 3)
 
 
 def augment(pixels: Tensor, recipe: AugmentSection, generator: torch.Generator) -> Tensor:
-    """Apply `recipe` to float32 pixels (B, 3, R, R) in [0, 1]; uncovered corners become white."""
-    pixels = _warp(pixels, recipe, generator)
-    pixels = _colour(pixels, recipe, generator)
-    pixels = _blur(pixels, recipe.blur, generator)
-    return _erase(pixels, recipe.erase, generator)
+    """Apply `recipe` to float32 pixels (B, 3, R, R) in [0, 1]; uncovered corners become white.
+
+    What it draws depends on the generator, the recipe and B alone. With everything off, `pixels` itself comes back.
+    """
+    before = pixels
+    if recipe.crop_area != (1, 1):
+        pixels = _crop(pixels, recipe.crop_area, generator)
+    if _warps(recipe):
+        pixels = _warp(pixels, recipe, generator)
+    if recipe.rand_augment_changes and recipe.rand_augment_strength:
+        pixels = _rand_augment(pixels, recipe.rand_augment_changes, recipe.rand_augment_strength, generator)
+    if _recolours(recipe):
+        pixels = _colour(pixels, recipe, generator)
+    if recipe.blur:
+        pixels = _blur(pixels, recipe.blur, generator)
+    if recipe.erase:
+        pixels = _erase(pixels, recipe.erase, generator)
+    # A lookup's weights add up to 1 only nearly.
+    return pixels if pixels is before else pixels.clamp(0, 1)
+
+
+def _warps(recipe: AugmentSection) -> bool:
+    moves = (recipe.rotate_degrees, recipe.stretch, recipe.shear, recipe.translate)
+    return any(moves) or (recipe.min_scale, recipe.max_scale) != (1, 1)
+
+
+def _recolours(recipe: AugmentSection) -> bool:
+    return any((recipe.hue_degrees, recipe.saturation, recipe.grayscale, recipe.contrast, recipe.brightness))
 
 
 def _uniform(batch: int, low: float, high: float, generator: torch.Generator) -> Tensor:
@@ -32,6 +56,32 @@ def _uniform(batch: int, low: float, high: float, generator: torch.Generator) ->
 def _chosen(batch: int, probability: float, generator: torch.Generator) -> Tensor:
     """Bool (B, 1, 1, 1): which pictures a change befalls."""
     return (torch.rand(batch, generator=generator) < probability)[:, None, None, None]
+
+
+def _crop(pixels: Tensor, area: tuple[float, float], generator: torch.Generator) -> Tensor:
+    """A random part of each picture, enlarged to all of it by one bicubic lookup."""
+    batch = len(pixels)
+    log_area = _uniform(batch, *area, generator).log()
+    # Only ratios whose crop is as narrow and as low as the picture: nothing has to be drawn again.
+    limit = (-log_area).clamp(max=_MAX_LOG_RATIO)
+    log_ratio = limit * _uniform(batch, -1, 1, generator)
+    size = (torch.stack([log_area + log_ratio, log_area - log_ratio], dim=1) / 2).exp()  # (B, 2), of sides of 1
+    middle = (1 - size) * torch.stack([_uniform(batch, -1, 1, generator) for _ in range(2)], dim=1)
+    grid = F.affine_grid(torch.cat([size.diag_embed(), middle[:, :, None]], dim=2), list(pixels.shape), False)
+    return F.grid_sample(pixels, grid, mode="bicubic", padding_mode="border", align_corners=False).clamp(0, 1)
+
+
+def _rand_augment(pixels: Tensor, changes: int, strength: float, generator: torch.Generator) -> Tensor:
+    """So many changes a picture, drawn with replacement; pictures that drew the same go through it together."""
+    drawn = torch.randint(len(CHANGES), (changes, len(pixels)), generator=generator)
+    signs = 2 * torch.randint(2, (changes, len(pixels)), generator=generator) - 1
+    pixels = pixels.clone()
+    for numbers, amounts in zip(drawn, signs * (strength / 10), strict=True):
+        for number, change in enumerate(CHANGES):
+            chosen = (numbers == number).nonzero().squeeze(1)
+            if len(chosen):
+                pixels[chosen] = change(pixels[chosen], amounts[chosen])
+    return pixels
 
 
 def _warp(pixels: Tensor, recipe: AugmentSection, generator: torch.Generator) -> Tensor:
@@ -55,9 +105,7 @@ def _warp(pixels: Tensor, recipe: AugmentSection, generator: torch.Generator) ->
         ],
         dim=1,
     )
-    grid = F.affine_grid(matrix, list(pixels.shape), align_corners=False)
-    # Zero padding is white when white is zero.
-    return F.grid_sample(pixels - 1, grid, align_corners=False) + 1
+    return look_up(pixels, matrix)
 
 
 def _colour(pixels: Tensor, recipe: AugmentSection, generator: torch.Generator) -> Tensor:
@@ -66,7 +114,7 @@ def _colour(pixels: Tensor, recipe: AugmentSection, generator: torch.Generator) 
     hue = _uniform(batch, -1, 1, generator) * math.radians(recipe.hue_degrees)
     saturation = (_uniform(batch, -1, 1, generator) * recipe.saturation).exp()
     saturation = saturation * (torch.rand(batch, generator=generator) >= recipe.grayscale)
-    grey = _LUMA.expand(3, 3)  # each channel becomes the luma
+    grey = LUMA.expand(3, 3)  # each channel becomes the luma
     matrix = grey + saturation[:, None, None] * (_hue_rotation(hue) - grey)
     gain = 1 + _uniform(batch, -1, 1, generator) * recipe.contrast
     offset = _uniform(batch, -1, 1, generator) * recipe.brightness
@@ -83,11 +131,9 @@ def _hue_rotation(angle: Tensor) -> Tensor:
 
 
 def _blur(pixels: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    chosen = _chosen(len(pixels), probability, generator)
-    kernel = torch.tensor([1.0, 2.0, 1.0])
-    weight = (kernel[:, None] * kernel[None, :] / 16).expand(3, 1, 3, 3)
-    blurred = F.conv2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), weight, groups=3)
-    return torch.where(chosen, blurred, pixels)
+    chosen = _chosen(len(pixels), probability, generator).flatten().nonzero().squeeze(1)
+    blurred = neighbourhood(F.pad(pixels[chosen], (1, 1, 1, 1), mode="replicate"), own_weight=2) / 16
+    return pixels.index_copy(0, chosen, blurred)
 
 
 def _erase(pixels: Tensor, probability: float, generator: torch.Generator) -> Tensor:

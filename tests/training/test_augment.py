@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import colorsys
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from training.augment import augment
 from training.recipe import AugmentSection, load_recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIDE = 32
 EVERYTHING = AugmentSection(
+    crop_area=(0.3, 0.9), rand_augment_changes=3, rand_augment_strength=10,
     rotate_degrees=180, min_scale=0.5, max_scale=2, stretch=0.5, shear=0.5, translate=0.5, brightness=0.9,
     contrast=0.9, saturation=3, hue_degrees=180, grayscale=0.3, blur=0.5, erase=0.5,
 )  # fmt: skip
@@ -33,10 +39,22 @@ def changed_pictures(before: Tensor, after: Tensor) -> Tensor:
     return (after - before).abs().amax(dim=(1, 2, 3)) > 1e-4
 
 
-def test_zero_settings_change_nothing() -> None:
-    """Up to what a bilinear lookup at the pixels' own places costs in float32: coordinates of 32 at 1e-7 each."""
+@pytest.mark.parametrize("recipe", [
+    AugmentSection(), AugmentSection(rand_augment_changes=2, rand_augment_strength=0), AugmentSection(crop_area=(1, 1)),
+])  # fmt: skip
+def test_zero_settings_change_nothing(recipe: AugmentSection) -> None:
+    """And cost nothing: not a copy, not a number of the generator."""
+    pixels, generator = random_pixels(), seeded()
+    assert augment(pixels, recipe, generator) is pixels
+    assert torch.equal(generator.get_state(), seeded().get_state())
+
+
+@pytest.mark.parametrize("setting", ["blur", "erase", "grayscale"])
+def test_a_probability_of_almost_nothing_changes_nothing(setting: str) -> None:
+    """No picture was drawn, which is a batch of none for what changes them."""
     pixels = random_pixels()
-    assert (augment(pixels, AugmentSection(), seeded()) - pixels).abs().max() <= 1e-5
+    after = augment(pixels, AugmentSection.model_validate({setting: 1e-9}), seeded())
+    assert not changed_pictures(pixels, after).any()
 
 
 def test_the_range_stays() -> None:
@@ -116,6 +134,104 @@ def test_a_turned_picture_is_scaled_both_ways() -> None:
     assert area == pytest.approx(torch.full((16,), 64.0), rel=0.1)  # bilinear edges
 
 
+# --- crops ------------------------------------------------------------------------------------------------------
+
+
+def coordinates(batch: int, side: int = SIDE) -> Tensor:
+    """Pictures whose red is the column and whose green is the row, from 0 at one edge to 1 at the other."""
+    places = (torch.arange(side) + 0.5) / side
+    rows, columns = torch.meshgrid(places, places, indexing="ij")
+    return torch.stack([columns, rows, torch.zeros_like(rows)]).expand(batch, -1, -1, -1)
+
+
+def corners(after: Tensor) -> Tensor:
+    """(B, 2, 2) of crops of `coordinates`: left and top, right and bottom, by the steps within the crop."""
+    side = after.shape[-1]
+    left_top = torch.stack([after[:, 0, 8, 8], after[:, 1, 8, 8]], dim=1)
+    right_bottom = torch.stack([after[:, 0, -9, -9], after[:, 1, -9, -9]], dim=1)
+    step = (right_bottom - left_top) / (side - 17)
+    return torch.stack([left_top - 8.5 * step, right_bottom + 8.5 * step], dim=1)
+
+
+@pytest.mark.parametrize("area", [(0.9, 1.0), (0.3, 0.7), (0.05, 0.05)])
+def test_a_crop_is_a_part_of_the_picture(area: tuple[float, float]) -> None:
+    """Its area and its aspect ratio are within their limits, it lies inside, and all of this is used.
+
+    To 1e-3 of the side: a cubic of 128 pixels bends a ramp by 0.02 of one.
+    """
+    found = corners(augment(coordinates(500, 128), AugmentSection(crop_area=area), seeded()))
+    assert found.min() >= -1e-3
+    assert found.max() <= 1 + 1e-3
+    width, height = (found[:, 1] - found[:, 0]).unbind(dim=1)
+    areas, ratios = width * height, width / height
+    assert areas.min() >= area[0] - 2e-3
+    assert areas.max() <= area[1] + 2e-3
+    assert areas.mean() == pytest.approx(sum(area) / 2, abs=0.02 * (area[1] - area[0]) + 1e-3)
+    limit = min(math.log(4 / 3), -math.log(area[0]))  # beyond, a crop is wider than the picture
+    assert 0.9 * limit <= ratios.log().abs().max() <= limit + 5e-3
+    assert ratios.log().mean() == pytest.approx(0, abs=0.02)
+    middle = found.mean(dim=1)
+    assert middle.mean(dim=0) == pytest.approx(torch.tensor([0.5, 0.5]), abs=0.02)
+    assert found[:, 0].min() <= 0.01  # some begin at the edge
+    assert found[:, 1].max() >= 0.99
+
+
+def test_a_crop_is_enlarged_as_pillow_enlarges() -> None:
+    """On smooth pictures: Pillow's cubic has other coefficients (-0.5, ours -0.75), seen only where values jump."""
+    small = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    picture = Image.fromarray(small).resize((64, 64), Image.Resampling.BICUBIC)
+    settings = AugmentSection(crop_area=(0.5, 0.9))
+    boxes = corners(augment(coordinates(8, 64), settings, seeded())).flatten(1) * 64
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).expand(8, -1, -1, -1) / 255
+    for ours, box in zip(augment(pixels, settings, seeded()), boxes.clamp(0, 64).tolist(), strict=True):
+        resized = picture.resize((64, 64), Image.Resampling.BICUBIC, box=tuple(box))
+        theirs = torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255
+        assert (ours - theirs).abs().mean() <= 1 / 255
+        assert (ours - theirs)[:, 2:-2, 2:-2].abs().max() <= 5 / 255
+
+
+# --- RandAugment --------------------------------------------------------------------------------------------------
+
+
+def test_so_many_changes_are_drawn() -> None:
+    """One of 14 leaves a picture alone; two rounds leave 1 in 14 x 14."""
+    pixels = random_pixels(1, 0.2, 0.8).expand(700, -1, -1, -1)
+    settings = AugmentSection(rand_augment_changes=1, rand_augment_strength=5)
+    kept = 700 - int(changed_pictures(pixels, augment(pixels, settings, seeded())).sum())
+    assert 25 <= kept <= 80  # 50, give or take more than 3.5 standard deviations
+    twice = settings.model_copy(update={"rand_augment_changes": 2})
+    assert 700 - int(changed_pictures(pixels, augment(pixels, twice, seeded())).sum()) <= 14
+
+
+def test_strength_is_how_far_they_go() -> None:
+    """Of the same draws, the stronger ones are further from the picture."""
+    pixels = random_pixels(100)
+
+    def distance(strength: float) -> float:
+        settings = AugmentSection(rand_augment_changes=1, rand_augment_strength=strength)
+        return float((augment(pixels, settings, seeded()) - pixels).abs().mean())
+
+    assert distance(1) < distance(4) < distance(10)
+
+
+def test_changes_go_both_ways() -> None:
+    """Brighter and darker, to the left and to the right."""
+    pixels = torch.full((1400, 3, SIDE, SIDE), 0.5)  # 50 expected of each change in each direction
+    settings = AugmentSection(rand_augment_changes=1, rand_augment_strength=3)
+    means = augment(pixels, settings, seeded())[:, :, 16, 16].mean(dim=1)
+    assert (means < 0.4).sum() >= 25
+    assert (means > 0.6).sum() >= 25
+    bar = torch.ones(1400, 3, SIDE, SIDE)
+    bar[:, :, :, 14:18] = 0
+    ink = 1 - augment(bar, settings, seeded()).mean(dim=(1, 2))
+    place = (ink * torch.arange(SIDE)).sum(dim=1) / ink.sum(dim=1).clamp(min=1e-6)
+    assert (place < 13).sum() >= 25
+    assert (place > 18).sum() >= 25
+
+
+# --- left and right -----------------------------------------------------------------------------------------------
+
+
 def test_left_and_right_stay_apart_in_the_recipe_that_ships() -> None:
     """左 and 右 are different captions: nothing mirrors."""
     recipe = load_recipe(EMOJI_TINY).augment.model_copy(update={"erase": 0.0, "brightness": 0.0, "contrast": 0.0})
@@ -123,6 +239,15 @@ def test_left_and_right_stay_apart_in_the_recipe_that_ships() -> None:
     pixels[:, :, :, : SIDE // 2] = 0
     after = augment(pixels, recipe, seeded()).mean(dim=(1, 2))
     assert (after[:, 10] < after[:, 22]).all()
+
+
+def test_nothing_mirrors() -> None:
+    """Crops and every change of RandAugment but inversion: what is left of a picture's middle stays left."""
+    settings = AugmentSection(crop_area=(0.5, 1), rand_augment_changes=1, rand_augment_strength=6)
+    after = augment(coordinates(600), settings, seeded())
+    across = after[:, 0, 8:24, 20] - after[:, 0, 8:24, 12]
+    solarized = 1 / 14
+    assert (across.mean(dim=1) < 0).float().mean() <= solarized + 0.03
 
 
 # --- colour -----------------------------------------------------------------------------------------------------
