@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -108,9 +111,9 @@ def test_a_torchscript_archive_says_how_to_convert_it(tmp_path: Path) -> None:
     section = ModelSection(architecture="Small-ViT", init_vision=path)
     with pytest.raises(InvalidInput, match=r"ViT-B-16\.pt: a TorchScript archive") as caught:
         initial_model(section)
-    command = str(caught.value).split('python -c "')[1].removesuffix('"').replace("weights.pt", str(tmp_path / "w.pt"))
-    exec(command, {})
-    visual = initial_model(ModelSection(architecture="Small-ViT", init_vision=tmp_path / "w.pt")).visual
+    _, *arguments = shlex.split(str(caught.value).split("out: ")[1])
+    subprocess.run([sys.executable, *arguments], cwd=tmp_path, check=True)
+    visual = initial_model(ModelSection(architecture="Small-ViT", init_vision=tmp_path / "weights.pt")).visual
     assert torch.equal(visual.state_dict()["proj"], tower.state_dict()["proj"])
 
 
