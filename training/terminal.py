@@ -199,7 +199,7 @@ def _line(text: str) -> Text:
 
 
 class LogLines(Watcher):
-    """A line every `log_every_steps`, two a validation: for files and pipes. A line has at most 80 characters."""
+    """A line every `log_every_steps`, two a validation: for files and pipes; each fits 80 columns unless its figures are huge."""
 
     def __init__(self, plan: RunPlan, clock: Callable[[], float] = time.monotonic) -> None:
         self._state = RunState(plan, clock)
