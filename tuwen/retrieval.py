@@ -1,4 +1,4 @@
-"""Retrieval metrics: similarities and relevance in, ranks and recall@k out. NumPy only.
+"""Retrieval metrics: similarities (or embeddings) and relevance in, ranks and recall@k out. NumPy only.
 
 A query counts as answered at k when any relevant item is among its k best, as in Chinese-CLIP's evaluation.py.
 """
@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.floating]
 BoolArray = npt.NDArray[np.bool_]
+# Similarities held at a time, whatever the sets' sizes: with what ranking them needs, about 13 bytes each.
+BLOCK_SCORES = 1 << 24
 
 
 def first_relevant_rank(scores: FloatArray, relevant: BoolArray) -> npt.NDArray[np.int64]:
@@ -35,6 +37,29 @@ def first_relevant_rank(scores: FloatArray, relevant: BoolArray) -> npt.NDArray[
     return np.where(relevant.any(axis=1), ranks, scores.shape[1]).astype(np.int64)
 
 
+def first_relevant_ranks(
+    query_embeds: FloatArray, item_embeds: FloatArray, relevant: Sequence[Sequence[int]], max_scores: int = BLOCK_SCORES
+) -> npt.NDArray[np.int64]:
+    """`first_relevant_rank` by dot products, a block of queries at a time: memory does not grow with Q * N.
+
+    Args:
+        query_embeds: (Q, D).
+        item_embeds: (N, D).
+        relevant: for each query the indices of its relevant items.
+        max_scores: of a block.
+    """
+    num_items = len(item_embeds)
+    rows = max(1, max_scores // max(1, num_items))
+    ranks = np.full(len(query_embeds), num_items, np.int64)
+    for start in range(0, len(query_embeds), rows):
+        scores = query_embeds[start : start + rows] @ item_embeds.T
+        of_block = np.zeros(scores.shape, np.bool_)
+        for row, items in enumerate(relevant[start : start + rows]):
+            of_block[row, list(items)] = True
+        ranks[start : start + rows] = first_relevant_rank(scores, of_block)
+    return ranks
+
+
 def recall_at_k(scores: FloatArray, relevant: BoolArray, k: int) -> float:
     """Fraction of queries with a relevant item among the k best.
 
@@ -49,8 +74,16 @@ def recall_at_k(scores: FloatArray, relevant: BoolArray, k: int) -> float:
 
 def recalls(scores: FloatArray, relevant: BoolArray, ks: Sequence[int] = (1, 5, 10)) -> list[float]:
     """recall@k for several k at the cost of one ranking; see `recall_at_k`."""
+    return recalls_of_ranks(first_relevant_rank(scores, relevant), scores.shape[1], ks)
+
+
+def recalls_of_ranks(ranks: npt.NDArray[np.int64], num_items: int, ks: Sequence[int] = (1, 5, 10)) -> list[float]:
+    """recall@k for several k of ranks (Q,) among `num_items` items.
+
+    Raises:
+        ValueError: a k is outside 1..num_items.
+    """
     for k in ks:
-        if not 1 <= k <= scores.shape[1]:
-            raise ValueError(f"k is {k}, expected 1..{scores.shape[1]}, the number of items")
-    ranks = first_relevant_rank(scores, relevant)
+        if not 1 <= k <= num_items:
+            raise ValueError(f"k is {k}, expected 1..{num_items}, the number of items")
     return [float((ranks < k).mean()) for k in ks]
