@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from training.recipe import Recipe
 from tuwen.model import ChineseCLIP
@@ -34,12 +35,13 @@ def build_optimizer(model: ChineseCLIP, recipe: Recipe, heads: Iterable[nn.Modul
         model: the plain one, whose parameters have the published names; sharded by FSDP2 or not.
         heads: trained along, at the full rate: `DistillHead`, `SigmoidHead`.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
 
     def add(parameter: nn.Parameter, lr_scale: float) -> None:
         if parameter.requires_grad:
             weight_decay = recipe.optim.weight_decay if parameter.ndim >= 2 else 0.0
-            groups.setdefault((lr_scale, weight_decay), []).append(parameter)
+            # One kernel takes sharded tensors or plain ones (logit_scale, heads), not both.
+            groups.setdefault((lr_scale, weight_decay, isinstance(parameter, DTensor)), []).append(parameter)
 
     for name, parameter in model.named_parameters():
         add(parameter, recipe.optim.layer_decay ** _layers_above(name, model.spec))
@@ -49,7 +51,7 @@ def build_optimizer(model: ChineseCLIP, recipe: Recipe, heads: Iterable[nn.Modul
     return torch.optim.AdamW(
         [
             {"params": parameters, "weight_decay": weight_decay, "lr_scale": lr_scale, "lr": recipe.lr * lr_scale}
-            for (lr_scale, weight_decay), parameters in groups.items()
+            for (lr_scale, weight_decay, _), parameters in groups.items()
         ],
         lr=recipe.lr,
         betas=recipe.betas,
