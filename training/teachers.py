@@ -190,14 +190,16 @@ class _HuggingFaceEncoder:
         except Exception as error:  # a folder may be wrong in any way, and transformers raises what its parts raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InvalidInput(f"{path}: transformers cannot read this teacher: {reason}") from None
-        if not all(hasattr(model, name) for name in ("get_image_features", "get_text_features", "logit_scale")):
+        sides = ("get_image_features", "get_text_features", "logit_scale")
+        resolution = getattr(getattr(model.config, "vision_config", None), "image_size", None)
+        if resolution is None or not all(hasattr(model, name) for name in sides):
             raise InvalidInput(f"{path}: a {type(model).__name__} is no teacher, expected a model like CLIPModel")
         self._model = model.float().eval().requires_grad_(False).to(device)
-        self.resolution = int(model.config.vision_config.image_size)
+        self.resolution = int(resolution)
         self.mean, self.std = _normalization_of(path)
         self.logit_scale = model.logit_scale.detach().reshape(())
-        # SigLIP has no mask and was trained on texts of full length.
-        self._padding: bool | str = "max_length" if model.config.model_type.startswith("siglip") else True
+        # SigLIP was trained on texts filled up to full length, and attends to the filling.
+        self._is_siglip = model.config.model_type.startswith("siglip")
         self.embed_dim = self.encode_text([(CLS_ID, SEP_ID)]).shape[1]
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
@@ -206,12 +208,14 @@ class _HuggingFaceEncoder:
     def encode_text(self, texts: Sequence[InputIds]) -> Tensor:
         tokens = self._tokenizer(
             [words_of(input_ids) for input_ids in texts],
-            padding=self._padding,
+            padding="max_length" if self._is_siglip else "longest",
             truncation=True,
             max_length=self._model.config.text_config.max_position_embeddings,
+            return_attention_mask=True,
             return_tensors="pt",
         ).to(self.logit_scale.device)
-        return _pooled(self._model.get_text_features(**tokens))
+        mask = None if self._is_siglip else tokens["attention_mask"]
+        return _pooled(self._model.get_text_features(input_ids=tokens["input_ids"], attention_mask=mask))
 
     @property
     def fingerprint(self) -> int:
