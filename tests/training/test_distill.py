@@ -15,6 +15,7 @@ from tests.training.shares import POSITIVES, UNREADABLE, World, world
 from training import loss
 from training.distill import DistillHead, feature_loss, logit_loss
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 Shared = Callable[[World, World, int], list[Tensor]]
 TEACHER_WIDTH = 12
 

@@ -23,6 +23,7 @@ from training.loss import (
     sigmoid_rows,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BIAS = -2.0
 Loss = Callable[[Features, Targets], Tensor]
 

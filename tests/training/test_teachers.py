@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from training.recipe import DataSection, DistillSection
 from training.teachers import ModelTeacher, Teacher, words_of
 from tuwen.checkpoint import save_checkpoint
 from tuwen.embed import embed_texts
-from tuwen.errors import InvalidInput
+from tuwen.errors import InvalidInput, MissingDependency
 from tuwen.image_transform import preprocess_image
 from tuwen.tokenizer import default_tokenizer, normalize_text
 
@@ -179,6 +180,13 @@ def test_a_hugging_face_folder_is_a_teacher(tmp_path: Path, kind: str, width: in
     torch.testing.assert_close(features.text_embeds, F.normalize(texts, dim=-1), rtol=0, atol=2e-5)
     assert teacher.embed_dim == width
     assert features.logit_scale.shape == ()
+
+
+def test_without_transformers_the_sentence_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}', encoding="utf-8")
+    with pytest.raises(MissingDependency, match="pip install transformers"):
+        teacher_at(tmp_path)
 
 
 def test_a_folder_that_is_no_teacher_is_a_sentence(tmp_path: Path) -> None:
