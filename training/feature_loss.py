@@ -108,7 +108,7 @@ class FeatureLoss(nn.Module):
             return torch.zeros((), device=self._world.device)
         with torch.no_grad():
             taught = self._teacher.embed(batch)
-            teacher = self._surround(taught.image_embeds, taught.text_embeds, taught.scale, positives)
+            teacher = self._surround(taught.image_embeds, taught.text_embeds, taught.logit_scale.exp(), positives)
         section = self._distill
         loss = section.feature_weight * feature_loss(student, teacher, targets, self.distill)
         if section.logit_weight:

@@ -197,7 +197,7 @@ class DistillSection(Section):
     """A student learns from a teacher: any checkpoint this project reads."""
 
     teacher: Path | None = None
-    # What `tuwen features-of-teacher` wrote, instead of computing them at each step.
+    # What `tuwen teacher-features` wrote, instead of computing them at each step.
     features: Path | None = None
     # Of 1 - cosine between the teacher's embeddings and the student's, through a learned map where widths differ.
     feature_weight: float = Field(0.0, ge=0)

@@ -99,7 +99,7 @@ def load_state(folder: Path, recipe: Recipe) -> State:
         raise InvalidInput(f"{path}: expected the format {FORMAT!r}")
     if difference := _difference(json.loads(saved["recipe"]), json.loads(recipe.model_dump_json())):
         raise InvalidInput(f"{folder}: was trained with another recipe ({difference}); choose another run.out")
-    weights, _ = read_checkpoint(folder)
+    weights, _, _ = read_checkpoint(folder)
     return State(saved["step"], weights, saved["rest"])
 
 
@@ -129,10 +129,16 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
 # --- what is sharded over processes, as a whole --------------------------------------------------------------
 
 
-def whole_weights(module: nn.Module, is_sharded: bool) -> dict[str, Tensor]:
-    """A module's state dict on the CPU; all processes call it, only the first gets the tensors of a sharded one."""
+def whole_weights(module: nn.Module, is_sharded: bool, everywhere: bool = False) -> dict[str, Tensor]:
+    """A module's state dict on the CPU; all processes call it, only the first gets the tensors of a sharded one.
+
+    Args:
+        everywhere: all get them, on their devices.
+    """
     if is_sharded:
-        return dict(get_model_state_dict(module, options=_WHOLE))
+        options = StateDictOptions(full_state_dict=True, cpu_offload=not everywhere)
+        found: dict[str, Any] = get_model_state_dict(module, options=options)
+        return found
     return {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
 
 

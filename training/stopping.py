@@ -21,11 +21,12 @@ class Stop:
     """Catches the signals while it is entered; a second Ctrl-C is an ordinary one."""
 
     def __init__(self) -> None:
-        self._is_asked, self._before = False, {}  # type: ignore[var-annotated]
+        self._is_asked = False
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow it
-            self._before: dict[signal.Signals, Any] = {one: signal.signal(one, self._ask) for one in _SIGNALS}
+            self._before = {one: signal.signal(one, self._ask) for one in _SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,17 +20,16 @@ import torch
 from torch import nn
 
 from training.augment import augment
-from training.batch import Batches
-from training.dataset import IndexedBatches
+from training.batch import Batch
+from training.distill import open_teacher
 from training.distributed import World, joined
 from training.feature_loss import FeatureLoss
 from training.init import freeze, initial_model, keep_frozen_in_eval
-from training.loader import Loader
-from training.metrics import StepRecord, ValidationRecord, Watcher
-from training.model_card import write_model_card
+from training.loader import Loader, open_batches
+from training.metrics import StepRecord, ValidationRecord
+from training.model_card import RunSummary, render_model_card
 from training.optim import Ema, build_optimizer, learning_rate, set_learning_rate
 from training.recipe import Recipe
-from training.shards import ShardBatches
 from training.state import (
     State,
     load_state,
@@ -43,9 +44,11 @@ from training.state import (
 from training.step import Step, StepResult
 from training.stopping import Stop
 from training.towers import Engine, Towers
-from training.validation import Validation
+from training.validation import open_zero_shot, validate
+from training.watchers import Watcher
 from tuwen.checkpoint import write_checkpoint
-from tuwen.errors import InvalidInput, TuwenError
+from tuwen.data.pairs import open_pairs
+from tuwen.errors import TuwenError
 from tuwen.model import ChineseCLIP
 
 log = logging.getLogger(__name__)
@@ -53,17 +56,18 @@ log = logging.getLogger(__name__)
 Resume = Literal["auto", "never"] | Path
 # A loss so many times that of guessing has no way back.
 _EXPLODED = 4.0
+_RECENT = 50  # steps, whose mean loss the model card tells
 
 
 class TrainingDiverged(TuwenError):
     """The loss or its gradient became NaN or infinite, or the loss exploded; no such weights are ever saved."""
 
 
-class Stopped(Exception):
+class Stopped(TuwenError):
     """The run was asked to stop, and its state is on disk."""
 
 
-def train(recipe: Recipe, resume: Resume = "auto", watch: Callable[[int], Watcher] | None = None) -> Path:
+def train(recipe: Recipe, resume: Resume = "auto", watch: Callable[[Run], Watcher] | None = None) -> Path:
     """Run the recipe, or go on with it; returns the checkpoint folder, `run.out`.
 
     Every process of a distributed run calls this, with the same recipe.
@@ -71,7 +75,7 @@ def train(recipe: Recipe, resume: Resume = "auto", watch: Callable[[int], Watche
     Args:
         resume: "auto" goes on from the newest state in run.out, if there is one; "never" begins anew and removes what
             is there; a path goes on from that state.
-        watch: makes what is told of the run, in the first process, from the step it goes on from.
+        watch: makes who is told of the run, in the first process, when it is known from which step it goes on.
     Raises:
         InvalidInput: the recipe's data or first checkpoint cannot be used, or the state is another recipe's.
         TrainingDiverged: the loss became NaN or infinite, or exploded.
@@ -80,45 +84,73 @@ def train(recipe: Recipe, resume: Resume = "auto", watch: Callable[[int], Watche
     with joined(recipe.engine.device) as world, Stop() as stop:
         run = Run(recipe, world, stop)
         run.begin(resume)
-        watcher = watch(run.step) if watch is not None and world.is_first else None
+        watcher = watch(run) if watch is not None and world.is_first else Watcher()
         try:
             run.go(watcher)
         finally:
-            if watcher is not None:
-                watcher.close()
+            watcher.close()
     return recipe.run.out
 
 
 class Run:
-    """One process's part of a run."""
+    """One process's part of a run.
+
+    Attributes:
+        step: updates made, those before a resume among them.
+        num_steps: there are in all.
+    """
 
     def __init__(self, recipe: Recipe, world: World, stop: Stop) -> None:
-        if recipe.optim.batch_size % world.size:
-            raise InvalidInput(
-                f"optim.batch_size {recipe.optim.batch_size} is not a multiple of {world.size}, the number of processes"
-            )
         for warning in recipe.warnings if world.is_first else ():
             log.warning("%s", warning)
         torch.manual_seed(recipe.run.seed)
-        self.recipe, self.world, self._stop = recipe, world, stop
+        self.recipe, self.world, self._stop, self._watcher = recipe, world, stop, Watcher()
         self.model = initial_model(recipe.model).to(world.device)
         # channels_last makes the convolutions a quarter faster on CPU, and is what GPUs want too.
         self.model.visual = self.model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         freeze(self.model, recipe.model)
-        self._batches = open_batches(recipe, world, self.model)
+        self._batches = open_batches(
+            recipe.data,
+            self.model.spec.vision.resolution,
+            recipe.optim.batch_size,
+            recipe.run.seed,
+            world.rank,
+            world.size,
+            partial(_augmented, recipe),
+        )
+        self._valid_pairs = open_pairs(recipe.valid_path, recipe.valid.split) if recipe.valid_path else None
+        self._classes = open_zero_shot(recipe.valid.zero_shot) if recipe.valid.zero_shot else None
+        self._build()
         self.num_steps = recipe.optim.max_steps or (recipe.optim.epochs or 0) * len(self._batches)
-        self._towers = Towers(self.model, recipe.model.mask_ratio)
-        self._engine = Engine(self._towers, recipe.engine, world)
-        self._loss = FeatureLoss(recipe, world, self.model).to(world.device)
-        self._optimizer = build_optimizer(self.model, recipe, [self._loss])
-        self._take_step = Step(recipe, world, self._engine, self._loss, self._optimizer)
-        self._ema = Ema(self.model, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
-        self._validation = Validation(recipe) if recipe.valid_path and world.is_first else None
         self.step, self._trained_s = 0, 0.0
-        self._last: ValidationRecord | None = None
+        self._losses: deque[float] = deque(maxlen=_RECENT)
+        self._first_loss = math.nan
+        self._validated: ValidationRecord | None = None
         self._best = -math.inf
         self._kept = "no weights were saved yet"
         self._validated_at = self._saved_at = -1
+
+    def _build(self) -> None:
+        """What trains the model. The engine wraps it first, so that the optimizer has the parameters it then has."""
+        recipe, world = self.recipe, self.world
+        self._towers = Towers(self.model, recipe.model.mask_ratio)
+        self._engine = Engine(self._towers, recipe.engine, world)
+        teacher = None
+        if recipe.distill.is_on:
+            teacher = open_teacher(recipe.distill, recipe.data, world.device, recipe.optim.chunk_size)
+        self._loss = FeatureLoss(recipe, world, self.model, teacher).to(world.device)
+        self._optimizer = build_optimizer(self.model, recipe, [self._loss])
+        self._take_step = Step(recipe, world, self._engine, self._loss, self._optimizer)
+        self._ema = Ema(self.model, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
+
+    @property
+    def epoch(self) -> int:
+        """Of the step made last, from 1."""
+        return max(0, self.step - 1) // len(self._batches) + 1
+
+    @property
+    def num_epochs(self) -> int:
+        return -(-self.num_steps // len(self._batches))
 
     # --- beginning and going on -----------------------------------------------------------------------------
 
@@ -126,25 +158,27 @@ class Run:
         """Put the weights and all else where a state left them, or where a new run has them."""
         out = self.recipe.run.out
         folder = resume if isinstance(resume, Path) else newest_state(out) if resume == "auto" else None
-        if folder is None:
-            if self.world.is_first:
-                out.mkdir(parents=True, exist_ok=True)
-                remove_states(out)
-            self._loss.start()
-            self.world.barrier()
+        if folder is not None:
+            self._go_on_from(folder)
             return
+        if self.world.is_first:
+            out.mkdir(parents=True, exist_ok=True)
+            remove_states(out)
+        self._loss.start()
+        self.world.barrier()
+
+    def _go_on_from(self, folder: Path) -> None:
         state = load_state(folder, self.recipe)
-        is_sharded = self._engine.is_sharded
+        rest, is_sharded = state.rest, self._engine.is_sharded
         put_weights(self.model, state.weights, is_sharded)
-        put_optimizer(self._parts(), self._optimizer, state.rest["optimizer"], is_sharded)
-        self._loss.load_state_dict(state.rest["loss"])
-        self._take_step.scaler.load_state_dict(state.rest["scaler"])
+        put_optimizer(self._parts(), self._optimizer, rest["optimizer"], is_sharded)
+        self._loss.load_state_dict(rest["loss"])
+        self._take_step.scaler.load_state_dict(rest["scaler"])
         if self._ema is not None:
-            self._ema.load_state_dict(state.rest["ema"])
-        self.step, self._trained_s, self._best = state.step, state.rest["trained_s"], state.rest["best"]
-        self._kept = f"the last good state is {folder}"
-        self._saved_at = state.step
-        log.info("goes on from %s", folder)
+            self._ema.load_state_dict(rest["ema"])
+        self.step, self._trained_s = state.step, rest["trained_s"]
+        self._best, self._first_loss = rest["best"], rest["first_loss"]
+        self._kept, self._saved_at = f"the last good state is {folder}", state.step
 
     def _parts(self) -> nn.Module:
         """All that the optimizer trains, as one module."""
@@ -152,44 +186,64 @@ class Run:
 
     # --- the loop -------------------------------------------------------------------------------------------
 
-    def go(self, watcher: Watcher | None) -> None:
+    def go(self, watcher: Watcher) -> None:
         """From the step the run is at to its last."""
-        per_epoch = len(self._batches)
-        loader = Loader(self._batches, self.recipe.data, start=divmod(self.step, per_epoch))
-        started, self._watcher = time.monotonic() - self._trained_s, watcher
-        with loader as batches:
+        self._watcher = watcher
+        if self.step:
+            watcher.on_note(f"goes on after step {self.step} of {self.num_steps}")
+        started = time.monotonic() - self._trained_s
+        with Loader(self._batches, self.recipe.data, divmod(self.step, len(self._batches))) as batches:
             while self.step < self.num_steps:
                 began = time.monotonic()
                 batch = next(batches)
                 waited_s = time.monotonic() - began
-                self.model.train()
-                keep_frozen_in_eval(self.model, self.recipe.model)
-                lr = learning_rate(self.step, self.num_steps, self.recipe)
-                set_learning_rate(self._optimizer, lr)
-                result = self._take_step(batch)
-                self.step += 1
-                self._check(result, batch.image_ids)
-                if self._ema is not None:
-                    self._ema.update(self.model)
+                result, lr = self._train_on(batch)
                 self._trained_s = time.monotonic() - started
-                if watcher is not None:
-                    watcher.on_step(self._record(result, lr, time.monotonic() - began, waited_s, per_epoch))
-                self._after_step(per_epoch)
+                watcher.on_step(self._record(result, lr, time.monotonic() - began, waited_s, len(batches.unreadable)))
+                self._after_step()
         self._finish()
 
-    def _after_step(self, per_epoch: int) -> None:
+    def _train_on(self, batch: Batch) -> tuple[StepResult, float]:
+        self.model.train()
+        keep_frozen_in_eval(self.model, self.recipe.model)
+        lr = learning_rate(self.step, self.num_steps, self.recipe)
+        set_learning_rate(self._optimizer, lr)
+        result = self._take_step(batch)
+        self.step += 1
+        self._check(result, batch)
+        if self._ema is not None:
+            self._ema.update(self.model)
+        return result, lr
+
+    def _check(self, result: StepResult, batch: Batch) -> None:
+        """Stop before such weights are saved."""
+        loss = result.losses.total
+        self._first_loss = loss if math.isnan(self._first_loss) else self._first_loss
+        self._losses.append(loss)
+        is_lost = not math.isfinite(result.grad_norm) and not self._take_step.scaler.is_enabled()
+        limit = _EXPLODED * max(math.log(self.recipe.optim.batch_size), self._first_loss)
+        if loss <= limit and not is_lost:  # NaN is not
+            return
+        ids = batch.image_ids
+        shown = ", ".join(map(str, ids[:8])) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+        raise TrainingDiverged(
+            f"the loss is {loss:g}, its gradient's norm {result.grad_norm:g}, at step {self.step} "
+            f"(epoch {self.epoch}, batch {batch.number}, pictures {shown}); {self._kept}"
+        )
+
+    def _after_step(self) -> None:
         valid, run = self.recipe.valid, self.recipe.run
-        if self._is_due(valid.every_steps, valid.every_epochs, per_epoch):
+        if self._is_due(valid.every_steps, valid.every_epochs):
             self._validate()
         is_stopped = self._stop.is_asked_for(self.world)
-        if is_stopped or self._is_due(run.save_every_steps, run.save_every_epochs, per_epoch):
+        if is_stopped or self._is_due(run.save_every_steps, run.save_every_epochs):
             self._save()
         if is_stopped and self.step < self.num_steps:
             raise Stopped(f"stopped after step {self.step} of {self.num_steps}; {self._kept}")
 
-    def _is_due(self, every_steps: int, every_epochs: int, per_epoch: int) -> bool:
+    def _is_due(self, every_steps: int, every_epochs: int) -> bool:
         by_steps = every_steps and self.step % every_steps == 0
-        by_epochs = every_epochs and self.step % (every_epochs * per_epoch) == 0
+        by_epochs = every_epochs and self.step % (every_epochs * len(self._batches)) == 0
         return bool(by_steps or by_epochs)
 
     def _finish(self) -> None:
@@ -199,79 +253,61 @@ class Run:
             self._save()
         self.world.barrier()
 
-    def _check(self, result: StepResult, image_ids: tuple[int, ...]) -> None:
-        """Stop before such weights are saved."""
-        loss, chance = result.losses.total, math.log(self.recipe.optim.batch_size)
-        overflowed = not math.isfinite(result.grad_norm) and not self._take_step.scaler.is_enabled()
-        if math.isfinite(loss) and not overflowed and not self._has_exploded(loss, chance):
-            return
-        shown = ", ".join(map(str, image_ids[:8])) + (", ..." if len(image_ids) > 8 else "")
-        what = "exploded to" if math.isfinite(loss) and not overflowed else "is"
-        raise TrainingDiverged(
-            f"the loss {what} {loss:g}, its gradient's norm {result.grad_norm:g}, at step {self.step} "
-            f"(epoch {self._epoch(self.step - 1)}, pictures {shown}); {self._kept}"
-        )
-
-    def _has_exploded(self, loss: float, chance: float) -> bool:
-        return self.recipe.loss.kind == "contrastive" and loss > _EXPLODED * max(chance, self._first_loss(loss))
-
-    def _first_loss(self, loss: float) -> float:
-        self._first = getattr(self, "_first", loss)
-        return self._first
-
-    def _epoch(self, step: int) -> int:
-        """That a step (from 0) belongs to, from 1."""
-        return step // len(self._batches) + 1
-
-    def _record(self, result: StepResult, lr: float, took_s: float, waited_s: float, per_epoch: int) -> StepRecord:
+    def _record(self, result: StepResult, lr: float, took_s: float, waited_s: float, num_unreadable: int) -> StepRecord:
+        losses, scaler, reports = result.losses, self._take_step.scaler, self.recipe.run.report_batch_accuracy
         return StepRecord(
             step=self.step,
-            num_steps=self.num_steps,
-            epoch=self._epoch(self.step - 1),
-            loss=result.losses.total,
-            distillation_loss=result.losses.distillation,
+            epoch=self.epoch,
+            loss=losses.total,
             lr=lr,
             grad_norm=result.grad_norm,
-            logit_scale=float(self.model.logit_scale.exp()),
+            logit_scale=float(self.model.logit_scale.detach().exp()),
             samples_per_s=self.recipe.optim.batch_size / took_s,
+            step_s=took_s,
             data_wait_s=waited_s,
-            num_unreadable=result.num_unreadable,
-            image_accuracy=result.losses.image_accuracy,
-            text_accuracy=result.losses.text_accuracy,
+            num_unreadable=num_unreadable,
+            image_accuracy=losses.image_accuracy if reports else None,
+            text_accuracy=losses.text_accuracy if reports else None,
+            distill_loss=losses.distillation if self.recipe.distill.is_on else None,
+            loss_scale=scaler.get_scale() if scaler.is_enabled() else None,
         )
 
     # --- validating and saving ------------------------------------------------------------------------------
 
     def _validate(self) -> None:
-        """Validate in the first process, and keep the result; a sharded model is put together there."""
+        """Validate, by all processes together, and keep the result in the first."""
         self._validated_at = self.step
-        with self._result_weights() as model:
-            if self._validation is not None and model is not None:
-                self._last = self._validation(model, self.step, self._epoch(self.step - 1))
-                if self._watcher is not None:
-                    self._watcher.on_validation(self._last)
-            is_best = self._last is None or self._last.mean_recall > self._best
-            if self._last is not None:
-                self._best = max(self._best, self._last.mean_recall)
-            if model is not None and (is_best or not self.recipe.run.keep_best):
-                card = write_model_card(self.recipe, self._summary(), self._last)
+        with self._result_model() as model:
+            is_best = True
+            if self._valid_pairs is not None:
+                record = validate(
+                    model,
+                    self.recipe,
+                    self._valid_pairs,
+                    self._classes,
+                    self.step,
+                    self.epoch,
+                    self._watcher.on_activity,
+                )
+                is_best = record.mean_recall > self._best
+                self._best, self._validated = max(self._best, record.mean_recall), record
+                self._watcher.on_validation(record)
+            if self.world.is_first and (is_best or not self.recipe.run.keep_best):
+                card = self._card(is_best=self.recipe.run.keep_best)
                 write_checkpoint(self.recipe.run.out, model.spec, model.state_dict(), card)
+                self._watcher.on_checkpoint(self.step, self.recipe.run.out)
         self.world.barrier()
 
     @contextmanager
-    def _result_weights(self) -> Iterator[ChineseCLIP | None]:
-        """The model that is the result, averaged if the recipe says so, in eval mode; None in other processes."""
+    def _result_model(self) -> Iterator[ChineseCLIP]:
+        """The model that is the result: averaged if the recipe says so, and put together if it is sharded."""
         with self._ema.applied(self.model) if self._ema is not None else nullcontext():
             if not self._engine.is_sharded:
-                self.model.eval()
-                yield self.model if self.world.is_first else None
+                yield self.model
                 return
-            weights = whole_weights(self.model, is_sharded=True)
-            whole = None
-            if self.world.is_first:
-                whole = ChineseCLIP(self.model.spec).eval()
-                whole.load_state_dict(weights)
-            yield whole.to(self.world.device) if whole is not None else None
+            whole = ChineseCLIP(self.model.spec).to(self.world.device)
+            whole.load_state_dict(whole_weights(self.model, is_sharded=True, everywhere=True))
+            yield whole
 
     def _save(self) -> None:
         """Write a state to go on from; all processes call it."""
@@ -284,21 +320,35 @@ class Run:
             "ema": self._ema.state_dict() if self._ema is not None else None,
             "trained_s": self._trained_s,
             "best": self._best,
+            "first_loss": self._first_loss,
         }
         if self.world.is_first:
-            card = write_model_card(self.recipe, self._summary(), self._last)
-            state = State(self.step, weights, rest)
-            folder = save_state(
-                self.recipe.run.out, state, self.recipe, self.model.spec, card, self.recipe.run.keep_last
-            )
+            state, keep_last = State(self.step, weights, rest), self.recipe.run.keep_last
+            folder = save_state(self.recipe.run.out, state, self.recipe, self.model.spec, self._card(), keep_last)
             self._kept = f"the last good state is {folder}"
+            self._watcher.on_checkpoint(self.step, folder)
         self._saved_at = self.step
         self._kept = self.world.share_object(self._kept)
 
-    def _summary(self) -> Any:
-        raise NotImplementedError
+    def _card(self, is_best: bool = False) -> str:
+        summary = RunSummary(
+            step=self.step,
+            num_steps=self.num_steps,
+            epoch=self.epoch,
+            loss=sum(self._losses) / max(1, len(self._losses)),
+            elapsed_s=self._trained_s,
+            samples_per_s=self.step * self.recipe.optim.batch_size / max(self._trained_s, 1e-9),
+            num_processes=self.world.size,
+            device_name=_device_name(self.world.device),
+            validation=self._validated if self._validated_at == self.step else None,
+            is_best=is_best,
+        )
+        return render_model_card(self.recipe, summary)
 
 
-def open_batches(recipe: Recipe, world: World, model: ChineseCLIP) -> Batches:
-    """The training data of this process."""
-    raise NotImplementedError
+def _augmented(recipe: Recipe, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return augment(pixels, recipe.augment, generator)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 
 import typer
 from rich.logging import RichHandler
@@ -16,9 +17,10 @@ from tuwen.cli.answers import calibrate, classifier_app
 from tuwen.cli.bench import bench_app
 from tuwen.cli.console import stderr
 from tuwen.cli.data import data_app
-from tuwen.cli.model import build, eval_app, render, train
+from tuwen.cli.model import build, eval_app, render
 from tuwen.cli.search import search
 from tuwen.cli.serving import serve
+from tuwen.cli.training import teacher_features, train
 
 app = typer.Typer(
     help="图文 Tuwen: train, evaluate, build and serve Chinese-CLIP.",
@@ -31,18 +33,22 @@ app.command()(train)
 app.add_typer(eval_app, name="eval")
 app.add_typer(classifier_app, name="classifier")
 app.add_typer(bench_app, name="bench")
-for command in (build, render, serve, search, calibrate):
+for command in (teacher_features, build, render, serve, search, calibrate):
     app.command()(command)
 
 
-def main() -> None:
-    """Entry point: our own errors become one sentence; anything else is a bug and keeps its traceback."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: our own errors become one sentence; anything else is a bug and keeps its traceback.
+
+    Args:
+        arguments: default: those of the command line.
+    """
     handler = RichHandler(console=stderr, show_time=False, show_level=False, show_path=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     for chatty in ("httpx", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        app()
+        app(arguments)
     except Exception as error:
         if not _is_ours(error):
             raise

@@ -1,10 +1,9 @@
-"""From data to a served model: `tuwen train`, `tuwen eval ...`, `tuwen build`, `tuwen render`."""
+"""From a checkpoint to a served model: `tuwen eval ...`, `tuwen build`, `tuwen render`."""
 
 from __future__ import annotations
 
 import json
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,23 +20,6 @@ class Precision(StrEnum):
 
 
 eval_app = typer.Typer(help="Measure a checkpoint.", no_args_is_help=True)
-
-
-def train(recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")]) -> None:
-    """Train from a recipe; prints the checkpoint folder."""
-    from training.recipe import load_recipe
-    from training.train import Progress as TrainingProgress
-    from training.train import train as run_training
-
-    loaded = load_recipe(recipe)
-    with progress_bar("training") as report:
-
-        def show(progress: TrainingProgress) -> None:
-            state = f"loss {progress.loss:.3f}  recall@10 {progress.recall_at_10:.1%}"
-            report(progress.step, progress.num_steps, state)
-
-        out = run_training(loaded, show)
-    stdout.print(out)
 
 
 @eval_app.command("retrieval")
