@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,9 +29,8 @@ A Chinese-CLIP, images and Chinese text in one embedding space, trained with Tuw
 {facts}{validation}
 ## Use
 
-```
-tuwen build --checkpoint {out}
-{evaluate}```
+{fence}
+{commands}{fence}
 
 ## Recipe
 
@@ -71,23 +71,14 @@ class RunSummary:
 
 def render_model_card(recipe: Recipe, summary: RunSummary) -> str:
     """Markdown. What comes from the recipe or a path is escaped, so that it shows as it is."""
-    out = _shown_path(recipe.run.out)
-    data = recipe.valid_path
-    evaluate = ""
-    if data and summary.validation:
-        evaluate = (
-            f"tuwen eval retrieval --checkpoint {_quote(out)} --data {_quote(_shown_path(data))} "
-            f"--split {_quote(recipe.valid.split)}\n"
-        )
-    toml = recipe_as_toml(recipe)
+    commands, toml = _commands(recipe, summary), recipe_as_toml(recipe)
     card = _CARD.format(
         title=f"{escape(recipe.model.architecture)}: {escape(recipe.run.out.name)}",
         facts=_table(("", ""), _facts(recipe, summary)),
         validation=_validation(summary.validation),
-        out=_quote(out),
-        evaluate=evaluate,
+        commands=commands,
         recipe=toml,
-        fence=_fence(toml),
+        fence=_fence(commands + toml),
     )
     # A file name that is no Unicode must not cost the run its result.
     return card.encode("utf-8", "replace").decode()
@@ -147,6 +138,16 @@ def _queries(scores: RetrievalScores) -> str:
     return str(scores.num_queries)
 
 
+def _commands(recipe: Recipe, summary: RunSummary) -> str:
+    """What to do with the folder, a command a line, as a shell takes it."""
+    checkpoint = f"--checkpoint {shlex.quote(_shown_path(recipe.run.out))}"
+    lines = [f"tuwen build {checkpoint}"]
+    if recipe.valid_path and summary.validation:
+        data = f"--data {shlex.quote(_shown_path(recipe.valid_path))}"
+        lines.append(f"tuwen eval retrieval {checkpoint} {data} --split {shlex.quote(recipe.valid.split)}")
+    return "".join(line + "\n" for line in lines)
+
+
 def _tuwen_version() -> str:
     try:
         return version("tuwen")
@@ -170,12 +171,6 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 def _fence(block: str) -> str:
     """Longer than any run of backticks in it."""
     return "`" * max(3, 1 + max((len(run) for run in re.findall("`+", block)), default=0))
-
-
-def _quote(argument: str) -> str:
-    """An argument of a shell command, on one line of a code block."""
-    plain = " ".join(argument.split()).replace("`", "")
-    return plain if re.fullmatch(r"[\w./…-]+", plain) else "'" + plain.replace("'", "'\\''") + "'"
 
 
 # --- paths and the recipe -----------------------------------------------------------------------------------------

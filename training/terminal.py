@@ -199,7 +199,7 @@ def _line(text: str) -> Text:
 
 
 class LogLines(Watcher):
-    """A line every `log_every_steps`, two a validation: for files and pipes; each fits 80 columns unless its figures are huge."""
+    """A line every `log_every_steps`, three a validation, for files and pipes; 80 columns hold all but huge figures."""
 
     def __init__(self, plan: RunPlan, clock: Callable[[], float] = time.monotonic) -> None:
         self._state = RunState(plan, clock)

@@ -224,13 +224,13 @@ def validate_in_half_batches(folder: Path) -> ValidationRecord:
 def test_two_processes_give_the_record_of_one(folder: Path) -> None:
     """Both of them, the same one."""
     (folder / "n003" / "1.png").write_bytes(b"no picture")
-    (folder / "n018" / "1.png").write_bytes(draw_shape("黑", "圆"))
+    (folder / "n001" / "1.png").unlink()  # 29 are left, which two cannot share evenly either
     expected = asdict(validate_in_half_batches(folder))
     mp.spawn(validate_as_one_of, (2, folder), nprocs=2)
     records = [torch.load(folder.parent / f"record_{rank}.pt") for rank in range(2)]
-    for record in (*records, expected):
-        assert record.pop("elapsed_s") > 0
-    assert records[0] == records[1]
-    assert records[0].pop("zero_shot_accuracy") == pytest.approx(expected.pop("zero_shot_accuracy"), abs=1 / 29)
+    assert 0 < expected["zero_shot_accuracy"] < 1
+    assert records[0] | {"elapsed_s": 0} == records[1] | {"elapsed_s": 0}
+    # What a batch changes, 1e-7 of a cosine, decides none of 28: they are a thousand times that apart.
+    assert records[0]["zero_shot_accuracy"] == expected["zero_shot_accuracy"]
     for way in ("text_to_image", "image_to_text"):  # one near tie may be decided otherwise in another batch
         assert records[0][way] == pytest.approx(expected[way], abs=0.05)

@@ -55,13 +55,18 @@ class Listener(Watcher):
 def test_all_are_told_and_closed() -> None:
     """Also of what they do not listen to, and when the run ends in an error."""
     one, other = Listener(), Listener()
-    with pytest.raises(RuntimeError, match="diverged"), Watchers([one, other]) as watchers:
-        watchers.on_step(step_record(1))
-        watchers.on_validation(validation_record(1))
-        watchers.on_checkpoint(1, Path("out"))
-        watchers.on_note("a note")
-        watchers.on_activity("validating")
-        raise RuntimeError("diverged")
+
+    def run_until_it_diverges() -> None:
+        with Watchers([one, other]) as watchers:
+            watchers.on_step(step_record(1))
+            watchers.on_validation(validation_record(1))
+            watchers.on_checkpoint(1, Path("out"))
+            watchers.on_note("a note")
+            watchers.on_activity("validating")
+            raise RuntimeError("diverged")
+
+    with pytest.raises(RuntimeError, match="diverged"):
+        run_until_it_diverges()
     assert one.steps == other.steps == [1]
     assert one.closed
     assert other.closed
