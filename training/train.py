@@ -48,7 +48,7 @@ from training.validation import open_zero_shot, validate
 from training.watchers import Watcher
 from tuwen.checkpoint import write_checkpoint
 from tuwen.data.pairs import open_pairs
-from tuwen.errors import TuwenError
+from tuwen.errors import InvalidInput, TuwenError
 from tuwen.model import ChineseCLIP
 
 log = logging.getLogger(__name__)
@@ -162,7 +162,10 @@ class Run:
             self._go_on_from(folder)
             return
         if self.world.is_first:
-            out.mkdir(parents=True, exist_ok=True)
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InvalidInput(f"run.out {out}: cannot be a folder: {error.strerror}") from None
             remove_states(out)
         self._loss.start()
         self.world.barrier()
