@@ -1,4 +1,4 @@
-"""What a teacher is worth: a student with it and alone, the same steps, several seeds; recall on a style not trained on.
+"""What a teacher is worth: one student with and without, equal steps, several seeds; recall on a style not trained on.
 
     tuwen data emoji --out data/emoji_cn
     python -m perf.distillation
