@@ -181,6 +181,8 @@ class Run:
             self._ema.load_state_dict(rest["ema"])
         self.step, self._trained_s = state.step, rest["trained_s"]
         self._best, self._first_loss = rest["best"], rest["first_loss"]
+        self._losses.extend(rest["losses"])
+        self._validated_at = rest["validated_at"]
         self._kept, self._saved_at = f"the last good state is {folder}", state.step
 
     def _parts(self) -> nn.Module:
@@ -193,7 +195,8 @@ class Run:
         """From the step the run is at to its last."""
         self._watcher = watcher
         if self.step:
-            watcher.on_note(f"goes on after step {self.step} of {self.num_steps}")
+            goes_on = self.step < self.num_steps
+            watcher.on_note(f"{'goes on after' if goes_on else 'is finished:'} step {self.step} of {self.num_steps}")
         started = time.monotonic() - self._trained_s
         with Loader(self._batches, self.recipe.data, divmod(self.step, len(self._batches))) as batches:
             while self.step < self.num_steps:
@@ -324,6 +327,8 @@ class Run:
             "trained_s": self._trained_s,
             "best": self._best,
             "first_loss": self._first_loss,
+            "losses": list(self._losses),
+            "validated_at": self._validated_at,
         }
         if self.world.is_first:
             state, keep_last = State(self.step, weights, rest), self.recipe.run.keep_last
