@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 Resume = Literal["auto", "never"] | Path
 # A loss so many times that of guessing has no way back.
 _EXPLODED = 4.0
-_RECENT = 50  # steps, whose mean loss the model card tells
+_RECENT = 50  # steps, whose mean loss and speed the model card tells
 
 
 class TrainingDiverged(TuwenError):
@@ -124,6 +124,7 @@ class Run:
         self.num_steps = recipe.optim.max_steps or (recipe.optim.epochs or 0) * len(self._batches)
         self.step, self._trained_s = 0, 0.0
         self._losses: deque[float] = deque(maxlen=_RECENT)
+        self._rates: deque[float] = deque(maxlen=_RECENT)
         self._first_loss = math.nan
         self._validated: ValidationRecord | None = None
         self._best = -math.inf
@@ -177,7 +178,7 @@ class Run:
         if self._ema is not None:
             self._ema.load_state_dict(rest["ema"])
         self.step, self._trained_s = state.step, rest["trained_s"]
-        self._best, self._first_loss = rest["best"], rest["first_loss"]
+        self._best, self._first_loss, self._validated_at = rest["best"], rest["first_loss"], rest["validated_at"]
         self._kept, self._saved_at = f"the last good state is {folder}", state.step
 
     def _parts(self) -> nn.Module:
@@ -255,6 +256,7 @@ class Run:
 
     def _record(self, result: StepResult, lr: float, took_s: float, waited_s: float, num_unreadable: int) -> StepRecord:
         losses, scaler, reports = result.losses, self._take_step.scaler, self.recipe.run.report_batch_accuracy
+        self._rates.append(self.recipe.optim.batch_size / took_s)
         return StepRecord(
             step=self.step,
             epoch=self.epoch,
@@ -262,7 +264,7 @@ class Run:
             lr=lr,
             grad_norm=result.grad_norm,
             logit_scale=float(self.model.logit_scale.detach().exp()),
-            samples_per_s=self.recipe.optim.batch_size / took_s,
+            samples_per_s=self._rates[-1],
             step_s=took_s,
             data_wait_s=waited_s,
             num_unreadable=num_unreadable,
@@ -321,6 +323,7 @@ class Run:
             "trained_s": self._trained_s,
             "best": self._best,
             "first_loss": self._first_loss,
+            "validated_at": self._validated_at,
         }
         if self.world.is_first:
             state, keep_last = State(self.step, weights, rest), self.recipe.run.keep_last
@@ -337,7 +340,7 @@ class Run:
             epoch=self.epoch,
             loss=sum(self._losses) / max(1, len(self._losses)),
             elapsed_s=self._trained_s,
-            samples_per_s=self.step * self.recipe.optim.batch_size / max(self._trained_s, 1e-9),
+            samples_per_s=sum(self._rates) / max(1, len(self._rates)),
             num_processes=self.world.size,
             device_name=_device_name(self.world.device),
             validation=self._validated if self._validated_at == self.step else None,
