@@ -72,10 +72,10 @@ def recipe_in(folder: Path, shapes: Path, processes: int) -> Path:
     return path
 
 
-def start(recipe: Path, processes: int) -> subprocess.Popen[str]:
+def start(recipe: Path, processes: int, *settings: str) -> subprocess.Popen[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.Popen(
-        [sys.executable, *(launcher if processes > 1 else []), "-m", "training", str(recipe)],
+        [sys.executable, *(launcher if processes > 1 else []), "-m", "training", str(recipe), *settings],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -130,17 +130,39 @@ def test_five_kills_change_no_bit(processes: int, shapes: Path, tmp_path: Path) 
 
 
 def test_sigterm_saves_and_ends_well(shapes: Path, tmp_path: Path) -> None:
-    """By two processes, whose launcher is told; the state is that of the step that was under way."""
-    out = tmp_path / "out"
+    """By two processes with a share of the weights each; gone on with, they end where others end at once."""
+    sharded = ("--set", "engine.strategy=fsdp", "--set", "optim.max_steps=12")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    reference = start(recipe_in(whole, shapes, processes=2), 2, *sharded)
+    _, err = reference.communicate(timeout=240)
+    assert reference.returncode == 0, err[-3000:]
     recipe = recipe_in(out, shapes, processes=2)
-    run = start(recipe, processes=2)
+    run = start(recipe, 2, *sharded)
     while steps_done(out) < 4 and run.poll() is None:
         time.sleep(0.01)
     for worker in psutil.Process(run.pid).children():
         worker.send_signal(signal.SIGTERM)
     _, err = run.communicate(timeout=60)
     assert run.returncode == 0, err[-3000:]
-    assert f"stopped after step {steps_done(out)} of {NUM_STEPS}" in err.replace("\n", " ")
+    assert f"stopped after step {steps_done(out)} of 12" in err.replace("\n", " ")
     newest = newest_state(out)
     assert newest is not None
     assert newest.name == f"step_{steps_done(out):08d}"
+    last = start(recipe, 2, *sharded)
+    _, err = last.communicate(timeout=240)
+    assert last.returncode == 0, err[-3000:]
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_what_ends_one_process_ends_the_others_with_its_sentence(shapes: Path, tmp_path: Path) -> None:
+    """A picture that only one of them reads, and cannot; the other would wait for it for ever."""
+    pairs = shape_pairs()
+    broken = max(pairs.images)
+    write_pairs(tmp_path, "train", type(pairs)({**pairs.images, broken: b"no picture"}, pairs.texts))
+    write_pairs(tmp_path, "valid", pairs)
+    run = start(recipe_in(tmp_path / "out", tmp_path, processes=2), 2)
+    _, err = run.communicate(timeout=120)
+    assert run.returncode != 0
+    text = " ".join(err.split())
+    assert f"error: picture {broken} cannot be read" in text
+    assert "[rank" not in err  # torch's traceback of a process of ours
