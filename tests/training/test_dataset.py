@@ -118,7 +118,9 @@ def test_captions_that_say_the_same_are_one(unit: str) -> None:
         {1: draw_shape("红", "圆"), 2: draw_shape("绿", "圆")},
         [TextRecord(1, "A圆", (1,)), TextRecord(2, " a圆\n", (2,))],
     )
-    (batch,) = epoch_of(batches_of(pairs, 2, unit=unit))
+    batches = batches_of(pairs, 2, unit=unit)
+    assert batches.table.captions_of(0) == batches.table.captions_of(1)
+    (batch,) = epoch_of(batches)
     assert len(batch.texts) == 1
     assert positives(batch) == [[True], [True]]
 
