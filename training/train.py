@@ -107,6 +107,8 @@ class Run:
     def __init__(self, recipe: Recipe, world: World, stop: Stop) -> None:
         for warning in recipe.warnings if world.is_first else ():
             log.warning("%s", warning)
+        if recipe.run.debug:
+            log.setLevel(logging.DEBUG)
         torch.manual_seed(recipe.run.seed)
         self.recipe, self.world, self._stop, self._watcher = recipe, world, stop, Watcher()
         self.model = initial_model(recipe.model).to(world.device)
@@ -211,6 +213,9 @@ class Run:
         keep_frozen_in_eval(self.model, self.recipe.model)
         lr = learning_rate(self.step, self.num_steps, self.recipe)
         set_learning_rate(self._optimizer, lr)
+        log.debug(
+            "step %d, rank %d: batch %d has pictures %s", self.step + 1, self.world.rank, batch.number, batch.image_ids
+        )
         result = self._take_step(batch)
         self.step += 1
         self._check(result, batch)
