@@ -164,6 +164,11 @@ def joined(device: str | None) -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed for want of another process, and not for a reason of this one's."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 def stable_seed(*parts: int | str) -> int:
     """63 bits that depend on the parts alone, in any process and any version of Python."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
