@@ -81,6 +81,15 @@ def test_one_picture_with_a_caption_twice_is_no_repetition(tmp_path: Path) -> No
     assert (report.repeated, report.repeated_share, report.advice) == (Finding(0), 0.0, [])
 
 
+def test_the_worst_repetitions_come_first(tmp_path: Path) -> None:
+    """Two pictures are several."""
+    texts = [TextRecord(1, "圆", (1, 2)), TextRecord(2, "图", (1, 2, 3)), TextRecord(3, "红圆", (1,))]
+    write_pairs(tmp_path, "train", MemoryPairs({1: RED, 2: GREEN, 3: draw_shape("黑", "圆")}, texts))
+    report = check_pairs(tmp_path, "train", num_workers=0)
+    assert report.repeated == Finding(2, (RepeatedCaption("图", 3), RepeatedCaption("圆", 2)))
+    assert report.repeated_share == 5 / 6
+
+
 def test_the_context_length_decides_what_is_cut(tmp_path: Path) -> None:
     """A caption that just fits is whole."""
     write_pairs(tmp_path, "train", DIRTY)

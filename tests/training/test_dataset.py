@@ -441,7 +441,7 @@ def test_what_has_no_partner_is_left_out(caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_a_table_takes_little_memory() -> None:
-    """Some 100 bytes a pair: ten million pairs are a gigabyte."""
+    """Under 100 bytes a pair where two pairs share a caption, and not three times that while it is read."""
     count = 20_000
     texts = [
         TextRecord(number, f"第{number}个标题，二十来个字的样子", (number, number + 1)) for number in range(count - 1)
