@@ -273,3 +273,23 @@ def test_training_prints_its_folder(in_process: Main, tmp_path: Path) -> None:
         "eval", "retrieval", "--checkpoint", f"{tmp_path}/run", "--data", f"{tmp_path}/data", "--json"
     )
     assert (status, json.loads(out)["architecture"]) == (0, "Tiny-ViT")
+    # What is finished stays as it is.
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    status, out, _ = in_process("train", str(tmp_path / "recipe.toml"))
+    assert (status, out.replace("\n", "")) == (0, f"{tmp_path}/run")
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_run_cannot_be_where_a_file_is(in_process: Main, tmp_path: Path) -> None:
+    for split in ("train", "valid"):
+        write_pairs(tmp_path, split, shape_pairs())
+    recipe = f"""
+    model.architecture = "Tiny-ViT"
+    data.path = "{tmp_path}"
+    optim = {{epochs = 1, batch_size = 10}}
+    run.out = "{tmp_path}/recipe.toml"
+    """
+    (tmp_path / "recipe.toml").write_text(recipe, encoding="utf-8")
+    status, _, err = in_process("train", str(tmp_path / "recipe.toml"))
+    assert status == 1
+    assert "recipe.toml: cannot be a folder: File exists" in err.replace("\n", " ")

@@ -111,6 +111,12 @@ def read_metrics(path: Path) -> Iterator[Record]:
                 yield record
 
 
+def best_validation(path: Path, until_step: int) -> ValidationRecord | None:
+    """Of a metrics.jsonl, the validation with the highest mean recall up to a step; None where there is none."""
+    found = (one for one in read_metrics(path) if isinstance(one, ValidationRecord) and one.step <= until_step)
+    return max(found, key=lambda record: record.mean_recall, default=None)
+
+
 def _to_json(record: Record) -> dict[str, Any]:
     """JSON has no NaN: what is not finite is null; what is not there is left out."""
     values: dict[str, Any] = {name: _finite(value) for name, value in asdict(record).items() if value is not None}

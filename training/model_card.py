@@ -87,7 +87,8 @@ def render_model_card(recipe: Recipe, summary: RunSummary) -> str:
 def _facts(recipe: Recipe, summary: RunSummary) -> list[tuple[str, str]]:
     optim = recipe.optim
     last = "best validation" if summary.is_best else "last step"
-    end = "" if summary.step >= summary.num_steps else ", not finished"
+    # The best may lie in the middle of a run that is finished.
+    end = "" if summary.is_best or summary.step >= summary.num_steps else ", not finished"
     averaged = f"; a moving average of the weights, decay {optim.ema_decay:g}" if optim.ema_decay else ""
     return [
         ("weights", f"of the {last}, {summary.step} of {summary.num_steps}{end}{averaged}"),
@@ -114,9 +115,9 @@ def _started_from(recipe: Recipe) -> str:
 
 
 def _data(recipe: Recipe) -> str:
-    shown = [_shown_path(source.path) for source in recipe.data.all_sources]
     if recipe.data.shards:
-        shown = [_shown_path(Path(recipe.data.shards))]
+        return escape(_shown_path(Path(recipe.data.shards)))
+    shown = [_shown_path(source.path) for source in recipe.data.all_sources]
     return f"{escape(', '.join(shown))}, split {escape(recipe.data.train_split)}"
 
 

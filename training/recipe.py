@@ -327,7 +327,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe.
 
     Args:
-        overrides: `section.key=value` each, the value as in TOML; bare words are taken as strings.
+        overrides: `section.key=value` each, the value as in TOML; bare words are taken as strings, none as no value.
     Raises:
         InvalidInput: the file cannot be read, is no TOML, or a key or value is wrong; one sentence names the first.
     """
@@ -366,7 +366,7 @@ def _apply(override: str, values: dict[str, Any]) -> None:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text.strip()
+        value = None if text.strip() == "none" else text.strip()  # TOML has no word for it
     if not isinstance(values.setdefault(section, {}), dict):
         raise InvalidInput(f"--set {override}: {section} is not a section")
     values[section][name] = value

@@ -98,7 +98,10 @@ def load_state(folder: Path, recipe: Recipe) -> State:
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise InvalidInput(f"{path}: expected the format {FORMAT!r}")
     if difference := _difference(json.loads(saved["recipe"]), json.loads(recipe.model_dump_json())):
-        raise InvalidInput(f"{folder}: was trained with another recipe ({difference}); choose another run.out")
+        raise InvalidInput(
+            f"{folder}: was trained with another recipe ({difference}); "
+            "choose another run.out, or begin anew with --resume never"
+        )
     weights, _, _ = read_checkpoint(folder)
     return State(saved["step"], weights, saved["rest"])
 

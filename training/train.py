@@ -48,7 +48,7 @@ from training.validation import open_zero_shot, validate
 from training.watchers import Watcher
 from tuwen.checkpoint import write_checkpoint
 from tuwen.data.pairs import open_pairs
-from tuwen.errors import TuwenError
+from tuwen.errors import InvalidInput, TuwenError
 from tuwen.model import ChineseCLIP
 
 log = logging.getLogger(__name__)
@@ -167,7 +167,10 @@ class Run:
             self._go_on_from(folder)
             return
         if self.world.is_first:
-            out.mkdir(parents=True, exist_ok=True)
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InvalidInput(f"run.out {out}: cannot be a folder: {error.strerror}") from None
             remove_states(out)
         self._loss.start()
         self.world.barrier()
@@ -182,7 +185,9 @@ class Run:
         if self._ema is not None:
             self._ema.load_state_dict(rest["ema"])
         self.step, self._trained_s = state.step, rest["trained_s"]
-        self._best, self._first_loss, self._validated_at = rest["best"], rest["first_loss"], rest["validated_at"]
+        self._best, self._first_loss = rest["best"], rest["first_loss"]
+        self._losses.extend(rest["losses"])
+        self._validated_at = rest["validated_at"]
         self._kept, self._saved_at = f"the last good state is {folder}", state.step
 
     def _parts(self) -> nn.Module:
@@ -195,7 +200,8 @@ class Run:
         """From the step the run is at to its last."""
         self._watcher = watcher
         if self.step:
-            watcher.on_note(f"goes on after step {self.step} of {self.num_steps}")
+            goes_on = self.step < self.num_steps
+            watcher.on_note(f"{'goes on after' if goes_on else 'is finished:'} step {self.step} of {self.num_steps}")
         started = time.monotonic() - self._trained_s
         with Loader(self._batches, self.recipe.data, divmod(self.step, len(self._batches))) as batches:
             while self.step < self.num_steps:
@@ -330,6 +336,7 @@ class Run:
             "trained_s": self._trained_s,
             "best": self._best,
             "first_loss": self._first_loss,
+            "losses": list(self._losses),
             "validated_at": self._validated_at,
         }
         if self.world.is_first:

@@ -176,9 +176,9 @@ def test_open_pairs_names_the_splits_there_are(tmp_path: Path) -> None:
     for folder in ("lmdb/valid/pairs", "lmdb/.valid.killed/pairs"):  # the second is what a kill leaves
         (tmp_path / folder).mkdir(parents=True)
     assert splits_in(tmp_path) == {"train", "valid"}
-    with pytest.raises(InvalidInput, match=r"no split 'test' .*splits there: \['train', 'valid'\]"):
+    with pytest.raises(InvalidInput, match=r"no split 'test' .*splits there: train, valid$"):
         open_pairs(tmp_path, "test")
-    with pytest.raises(InvalidInput, match="splits there: none"):
+    with pytest.raises(InvalidInput, match="nowhere: there is no such folder of pairs"):
         open_pairs(tmp_path / "nowhere", "test")
 
 

@@ -77,7 +77,7 @@ def test_what_is_missing_is_named(checkpoint: Path, data: Path) -> None:
     """Checkpoint, data and split."""
     with pytest.raises(InvalidInput, match="nowhere: there is no such checkpoint"):
         evaluate_checkpoint(data / "nowhere", data)
-    with pytest.raises(InvalidInput, match="no split 'valid'"):
+    with pytest.raises(InvalidInput, match="nowhere: there is no such folder of pairs"):
         evaluate_checkpoint(checkpoint, data / "nowhere")
-    with pytest.raises(InvalidInput, match=r"no split 'dev' .*\['valid'\]"):
+    with pytest.raises(InvalidInput, match=r"no split 'dev' .*: valid$"):
         evaluate_checkpoint(checkpoint, data, split="dev")

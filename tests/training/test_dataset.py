@@ -407,7 +407,7 @@ def test_sources_are_opened_from_a_recipe(tmp_path: Path) -> None:
     )
     batches = IndexedBatches(open_sources(data), data, RESOLUTION, 10, seed=0)
     assert len(batches) == 3
-    with pytest.raises(InvalidInput, match="no split 'train'"):
+    with pytest.raises(InvalidInput, match="three: there is no such folder of pairs"):
         open_sources(DataSection(path=tmp_path / "three"))
 
 

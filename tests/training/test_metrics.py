@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.records import step_record, validation_record
-from training.metrics import MetricsLog, StepRecord, read_metrics
+from training.metrics import MetricsLog, StepRecord, best_validation, read_metrics
 
 
 @pytest.fixture
@@ -107,6 +107,15 @@ def test_reading_passes_over_what_is_no_record(path: Path) -> None:
             file.write(line + "\n")
         file.write(json.dumps(later) + "\n")
     assert list(read_metrics(path)) == [step_record(1), replace(step_record(2), epoch=1)]
+
+
+@pytest.mark.parametrize(("until_step", "best"), [(0, None), (10, 10), (29, 20), (99, 30)])
+def test_the_best_validation_up_to_a_step(path: Path, until_step: int, best: int | None) -> None:
+    for record in (validation_record(10, 0.2), validation_record(20, 0.4), step_record(21), validation_record(30, 0.5)):
+        MetricsLog(path).append(record)
+    MetricsLog(path).append(validation_record(40, 0.1))
+    found = best_validation(path, until_step)
+    assert (found.step if found else None) == best
 
 
 def test_a_run_without_a_file_has_no_records(path: Path) -> None:

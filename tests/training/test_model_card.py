@@ -86,9 +86,10 @@ def test_it_tells_best_average_teacher_and_first_weights() -> None:
         model={"init_vision": "clip/vision.pt"},
         distill={"teacher": "runs/teacher", "logit_weight": 1.0},
     )
-    card = render_model_card(recipe, replace(SUMMARY, step=2800, is_best=True))
+    # The best of a finished run may be in its middle.
+    card = render_model_card(recipe, replace(SUMMARY, step=1200, is_best=True))
     assert row(card, "weights") == [
-        "of the best validation, 2800 of 2800; a moving average of the weights, decay 0.999"
+        "of the best validation, 1200 of 2800; a moving average of the weights, decay 0.999"
     ]
     assert row(card, "teacher") == ["runs/teacher"]
     assert row(card, "started from") == ["image tower: clip/vision.pt, text tower: random"]
@@ -141,7 +142,7 @@ def test_paths_outside_the_working_folder_are_cut(tmp_path: Path, monkeypatch: p
     assert shown["run"] == {"out": "runs/six"}
     shards = recipe_for(data={"path": None, "shards": "/home/somebody/secret/sets/*.tsv", "unit": "pair"},
                         valid={"split": ""})  # fmt: skip
-    assert row(render_model_card(shards, SUMMARY), "data") == [r"…/sets/\*.tsv, split train"]
+    assert row(render_model_card(shards, SUMMARY), "data") == [r"…/sets/\*.tsv"]
     assert "somebody" not in render_model_card(shards, SUMMARY)
 
 

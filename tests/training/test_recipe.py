@@ -253,9 +253,18 @@ def test_overrides_replace_and_add(tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "recipe.toml").optim.lr == 1e-3
 
 
+def test_an_override_takes_a_value_away(tmp_path: Path) -> None:
+    """TOML has no word for it; in quotes it is the word."""
+    text = RECIPE.replace('"Tiny-ViT"', '"Tiny-ViT"\ninit_checkpoint = "x"')
+    assert load_text(text, tmp_path).model.init_checkpoint == Path("x")
+    assert load_text(text, tmp_path, "model.init_checkpoint=none").model.init_checkpoint is None
+    assert load_text(text, tmp_path, 'model.init_checkpoint="none"').model.init_checkpoint == Path("none")
+
+
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
+        ("optim.batch_size=none", "recipe.toml: optim.batch_size: Input should be a valid integer"),
         ("optim.lr", "--set optim.lr: expected section.key=value, as optim.lr=1e-5"),
         ("lr=1", "--set lr=1: expected section.key=value"),
         ("optim.=1", "--set optim.=1: expected section.key=value"),

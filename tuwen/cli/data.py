@@ -79,6 +79,30 @@ def data_shards(
     )
 
 
+@data_app.command("split")
+def data_split(
+    data: Data,
+    split: Annotated[str, typer.Option("--split", help="Which split to part.")],
+    into: Annotated[str, typer.Option("--into", help="Names of the two that it becomes, a comma between.")],
+    share: Annotated[float, typer.Option("--share", min=0, max=1, help="Of the pictures, for the first.")] = 0.8,
+) -> None:
+    """Part a split in two, as for training and validation: by picture, always the same way."""
+    from tuwen.data.split import split_pairs
+    from tuwen.errors import InvalidInput
+
+    names = into.split(",")
+    if len(names) != 2:
+        raise InvalidInput(f"--into {into}: expected two names with a comma between")
+    with progress_bar(split) as report:
+        parts = split_pairs(data, split, (names[0], names[1]), share, report)
+    for part in parts:
+        stdout.print(
+            f"{data}/{part.name}_imgs.tsv, {part.name}_texts.jsonl: {part.num_pictures} pictures, {part.num_captions} "
+            f"captions, {part.num_shared} of them in both",
+            soft_wrap=True,
+        )
+
+
 @data_app.command("check")
 def data_check(
     data: Data,

@@ -56,10 +56,13 @@ def _resume(value: str) -> Resume:
 
 
 def _watch(run: Run) -> Watcher:
+    from training.metrics import METRICS_FILE, best_validation
     from training.terminal import RunPlan, terminal_view
     from training.watchers import Watchers, saved_views
 
-    plan = RunPlan(run.recipe.run.out, run.num_steps, run.num_epochs, run.recipe.run.log_every_steps, run.step)
+    recipe = run.recipe.run
+    best = best_validation(recipe.out / METRICS_FILE, run.step)
+    plan = RunPlan(recipe.out, run.num_steps, run.num_epochs, recipe.log_every_steps, run.step, best)
     return Watchers([*saved_views(run.recipe, run.step), terminal_view(stderr, plan)])
 
 

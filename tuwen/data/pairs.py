@@ -74,7 +74,9 @@ def open_pairs(path: Path, split: str) -> PairSet:
             return LmdbPairs(candidate)
     if tsv_path(path, split).is_file():
         return TsvPairs(path, split)
-    found = sorted(splits_in(path)) or "none"
+    if not path.is_dir():
+        raise InvalidInput(f"{path}: there is no such folder of pairs")
+    found = ", ".join(sorted(splits_in(path))) or "none"
     raise InvalidInput(f"{path}: no split {split!r} as LMDB or as {tsv_path(path, split).name}; splits there: {found}")
 
 
