@@ -78,7 +78,18 @@ def test_help_lists_the_commands() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [*COMMANDS, "data emoji", "data lmdb", "eval retrieval", "bench run", "bench compare", "bench towers"]
+    "command",
+    [
+        *COMMANDS,
+        "data emoji",
+        "data lmdb",
+        "data shards",
+        "data check",
+        "eval retrieval",
+        "bench run",
+        "bench compare",
+        "bench towers",
+    ],
 )
 def test_every_command_has_help(in_process: Main, command: str) -> None:
     """-h as --help, without importing what the command needs to run."""
@@ -115,6 +126,8 @@ def test_an_error_is_one_line_on_stderr(tmp_path: Path) -> None:
         ("build --checkpoint nowhere --repository served --version 0", "version 0: expected 1 or more"),
         ("render --check --repository nowhere", "nowhere: tokenize_text/config.pbtxt, "),
         ("data lmdb --data nowhere", "nowhere: no *_imgs.tsv in it"),
+        ("data check --data nowhere", "nowhere: no split 'train' as LMDB or as train_imgs.tsv"),
+        ("data shards --data nowhere --out shards", "nowhere: no split 'train' as LMDB or as train_imgs.tsv"),
         ("train .", ".: cannot be read: Is a directory"),
         ("bench run nowhere.toml --serve", "nowhere.toml: there is no such scenario; those kept are image, mixed"),
         ("bench compare nowhere nowhere", "nowhere: there is no such summary; `tuwen bench run` writes one"),

@@ -8,4 +8,5 @@ import sys
 from tuwen.cli import main
 
 if __name__ == "__main__":
-    main(["train", *sys.argv[1:]])
+    sys.argv = ["tuwen", "train", *sys.argv[1:]]
+    main()

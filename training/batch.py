@@ -3,11 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 InputIds = tuple[int, ...]  # of one text, [CLS] and [SEP] with it, without padding
+
+
+class Share(NamedTuple):
+    """Which of a global batch's items are one process's: start <= index < stop."""
+
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def of(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Positions in `indices` of those that are within."""
+        return np.flatnonzero((indices >= self.start) & (indices < self.stop))
+
+
+def share_of(count: int, rank: int, num_processes: int) -> Share:
+    """Parts as even as can be, the longer ones first, as torch.tensor_split."""
+    least, longer = divmod(count, num_processes)
+    start = rank * least + min(rank, longer)
+    return Share(start, start + least + (rank < longer))
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,12 @@ import logging
 import random
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from training.batch import Batch, InputIds, Positives
+from training.batch import Batch, InputIds, Positives, Share, share_of
 from training.order import EpochOrder, Order, deal_distinct, torch_generator
 from training.pixels import Augmentation, Picture, PictureMemory, decode_pixels, to_batch
 from training.recipe import DataSection
@@ -36,28 +35,6 @@ _GLUE = ("", "的", "，")
 _MIN_WORDS_TO_DROP = 4
 # Of captions with their input_ids: some 20 MB, and all of a small set, where the same ones come every epoch.
 _CACHED_CAPTIONS = 2**15
-
-
-class Share(NamedTuple):
-    """Which of a global batch's items are one process's: start <= index < stop."""
-
-    start: int
-    stop: int
-
-    @property
-    def size(self) -> int:
-        return self.stop - self.start
-
-    def of(self, indices: Order) -> Order:
-        """Positions in `indices` of those that are within."""
-        return np.flatnonzero((indices >= self.start) & (indices < self.stop))
-
-
-def share_of(count: int, rank: int, num_processes: int) -> Share:
-    """Parts as even as can be, the longer ones first, as torch.tensor_split."""
-    least, longer = divmod(count, num_processes)
-    start = rank * least + min(rank, longer)
-    return Share(start, start + least + (rank < longer))
 
 
 def check_batch_size(batch_size: int, num_processes: int) -> None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import os
 import sys
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from training.batch import share_of
 from tuwen.errors import InvalidInput
 from tuwen.model import resolve_device
 
@@ -48,11 +48,9 @@ class World:
         return self.size > 1
 
     def share(self, total: int, rank: int | None = None) -> slice:
-        """The part of so many rows that a rank (this one) has; as torch.tensor_split."""
-        rank = self.rank if rank is None else rank
-        each, longer = divmod(total, self.size)
-        start = rank * each + min(rank, longer)
-        return slice(start, start + each + (rank < longer))
+        """The part of so many rows that a rank (this one) has."""
+        share = share_of(total, self.rank if rank is None else rank, self.size)
+        return slice(share.start, share.stop)
 
     def sum(self, values: Tensor) -> Tensor:
         """Over all processes, in place."""
@@ -164,7 +162,6 @@ def joined(device: str | None) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def stable_seed(*parts: int | str) -> int:
-    """63 bits that depend on the parts alone, in any process and any version of Python."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed for want of another process, and not for a reason of this one's."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)

@@ -93,7 +93,7 @@ class Loader:
 
     def _count_unreadable(self, batch: Batch) -> None:
         for image_id, is_readable in zip(batch.image_ids, batch.is_readable.tolist(), strict=True):
-            if is_readable or image_id in self.unreadable:
+            if is_readable:
                 continue
             self.unreadable[image_id] = None
             if len(self.unreadable) > self._max_corrupt:
@@ -158,11 +158,18 @@ def _from_workers(made: _MadeBatches, positions: _Positions, data: DataSection) 
     )
     before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     workers = iter(loader)
-    # DataLoader has a worker's death raised wherever the main process happens to be, in the middle of a step or of
-    # saving. Without its handler `next` notices, within five seconds.
     if before is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, before)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if _is_data_loaders(before) else before)
     return workers
+
+
+def _is_data_loaders(handler: object) -> bool:
+    """Whether it is the handler that DataLoader installs, once a process, for this loader or for an earlier one.
+
+    It has a worker's death raised wherever the main process happens to be, in the middle of a step or of saving.
+    Without it `next` notices, within five seconds.
+    """
+    return getattr(handler, "__module__", None) == "torch.utils.data._utils.signal_handling"
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training.recipe import Recipe
 from tuwen.model import ChineseCLIP
@@ -133,8 +133,9 @@ class Ema:
             _copy(own, model)
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes: the number of updates, and the tensors themselves, not copies."""
-        return {"num_updates": self.num_updates, "values": dict(self._values)}
+        """What `load_state_dict` takes: the number of updates, and the tensors, whole; all processes call it."""
+        values = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in self._items()}
+        return {"num_updates": self.num_updates, "values": values}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -144,8 +145,14 @@ class Ema:
             KeyError: it was another model's.
         """
         self.num_updates = state["num_updates"]
-        for name, value in self._values.items():
-            value.copy_(state["values"][name])
+        for name, value in self._items():
+            whole = state["values"][name].to(value.device)
+            if isinstance(value, DTensor):
+                whole = distribute_tensor(whole, value.device_mesh, value.placements)
+            value.copy_(whole)
+
+    def _items(self) -> Iterable[tuple[str, Tensor]]:
+        return self._values.items()
 
 
 def _values_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -24,7 +24,12 @@ def stable_hash(*parts: object) -> int:
 
 def torch_generator(*parts: object) -> torch.Generator:
     """A generator of torch, seeded from `parts`."""
-    return torch.Generator().manual_seed(abs(stable_hash(*parts)) % 2**63)
+    return torch.Generator().manual_seed(torch_seed(*parts))
+
+
+def torch_seed(*parts: object) -> int:
+    """A seed for torch, which takes none below zero."""
+    return abs(stable_hash(*parts)) % 2**63
 
 
 def shuffled(count: int, *parts: object) -> Order:

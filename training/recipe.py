@@ -242,6 +242,7 @@ class RunSection(Section):
     report_batch_accuracy: bool = False
     tensorboard: bool = False
     wandb_project: str | None = None
+    # Tell the log which pictures each batch has.
     debug: bool = False
 
 

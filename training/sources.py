@@ -3,8 +3,9 @@
     table = PairTable(open_sources(recipe.data))
     table.text(table.captions_of(0)[0])
 
-All of it lies in NumPy arrays and one buffer of UTF-8, some 100 bytes a pair: a forked process that only reads copies
-none of it, as it would copy Python objects, whose reference counts change as they are looked at.
+All of it lies in NumPy arrays and one buffer of UTF-8; a million pairs with captions of twenty characters took 176 MiB.
+A forked process that only reads copies none of it, as it would copy Python objects, whose reference counts change as
+they are looked at.
 """
 
 from __future__ import annotations

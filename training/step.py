@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from training.batch import Batch
-from training.distributed import World, stable_seed
+from training.distributed import World
 from training.feature_loss import FeatureLoss, Losses
+from training.order import torch_seed
 from training.recipe import Recipe
 from training.towers import Chunk, Engine, chunks_of
 from tuwen.model import MAX_LOGIT_SCALE
@@ -54,7 +55,7 @@ class Step:
     def __call__(self, batch: Batch) -> StepResult:
         """Update the weights; all processes call it together, each with its share."""
         self._optimizer.zero_grad(set_to_none=True)
-        seed = stable_seed(self._recipe.run.seed, "step", batch.epoch, batch.number, self._world.rank)
+        seed = torch_seed(self._recipe.run.seed, "step", batch.epoch, batch.number, self._world.rank)
         chunks = chunks_of(batch, self._recipe.optim.chunk_size, self._world.device)
         first = self._first_pass(chunks, seed)
         image_embeds, text_embeds = (torch.cat(parts).detach().requires_grad_() for parts in zip(*first, strict=True))
@@ -86,7 +87,7 @@ class Step:
                 torch.autograd.backward([one for one, _ in learning], [grad for _, grad in learning])
 
     def _run(self, chunk: Chunk, seed: int, number: int) -> Pair:
-        torch.manual_seed(stable_seed(seed, number))
+        torch.manual_seed(torch_seed(seed, number))
         return self._engine(chunk)
 
     def _update(self) -> float:

@@ -126,11 +126,14 @@ class Engine:
         _prepare(towers, section, world)
         self._ddp: DistributedDataParallel | None = None
         self._is_sharded = world.is_distributed and section.strategy == "fsdp"
+        if not self._is_sharded:
+            # Makes the convolutions a quarter faster on CPU, and is what GPUs want too.
+            towers.model.visual = towers.model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._run: Any = towers
         if section.compile:
             self._run = torch.compile(towers, dynamic=True)
         if self._is_sharded:
-            _shard(towers)
+            _shard(towers)  # which takes no weights in channels_last
         elif world.is_distributed:
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(towers, ["model.logit_scale"])
             self._ddp = self._run = DistributedDataParallel(

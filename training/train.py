@@ -22,7 +22,7 @@ from torch import nn
 from training.augment import augment
 from training.batch import Batch
 from training.distill import open_teacher
-from training.distributed import World, joined
+from training.distributed import World, is_lost_peer, joined
 from training.feature_loss import FeatureLoss
 from training.init import freeze, initial_model, keep_frozen_in_eval
 from training.loader import Loader, open_batches
@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 Resume = Literal["auto", "never"] | Path
 # A loss so many times that of guessing has no way back.
 _EXPLODED = 4.0
-_RECENT = 50  # steps, whose mean loss the model card tells
+_RECENT = 50  # steps, whose mean loss and speed the model card tells
 
 
 class TrainingDiverged(TuwenError):
@@ -87,6 +87,10 @@ def train(recipe: Recipe, resume: Resume = "auto", watch: Callable[[Run], Watche
         watcher = watch(run) if watch is not None and world.is_first else Watcher()
         try:
             run.go(watcher)
+        except RuntimeError as error:
+            if not is_lost_peer(error):
+                raise
+            raise TuwenError("another process of this run has ended; what it says is the reason") from None
         finally:
             watcher.close()
     return recipe.run.out
@@ -103,11 +107,11 @@ class Run:
     def __init__(self, recipe: Recipe, world: World, stop: Stop) -> None:
         for warning in recipe.warnings if world.is_first else ():
             log.warning("%s", warning)
+        if recipe.run.debug:
+            log.setLevel(logging.DEBUG)
         torch.manual_seed(recipe.run.seed)
         self.recipe, self.world, self._stop, self._watcher = recipe, world, stop, Watcher()
         self.model = initial_model(recipe.model).to(world.device)
-        # channels_last makes the convolutions a quarter faster on CPU, and is what GPUs want too.
-        self.model.visual = self.model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         freeze(self.model, recipe.model)
         self._batches = open_batches(
             recipe.data,
@@ -130,6 +134,7 @@ class Run:
             )
         self.step, self._trained_s = 0, 0.0
         self._losses: deque[float] = deque(maxlen=_RECENT)
+        self._rates: deque[float] = deque(maxlen=_RECENT)
         self._first_loss = math.nan
         self._validated: ValidationRecord | None = None
         self._best = -math.inf
@@ -220,6 +225,9 @@ class Run:
         keep_frozen_in_eval(self.model, self.recipe.model)
         lr = learning_rate(self.step, self.num_steps, self.recipe)
         set_learning_rate(self._optimizer, lr)
+        log.debug(
+            "step %d, rank %d: batch %d has pictures %s", self.step + 1, self.world.rank, batch.number, batch.image_ids
+        )
         result = self._take_step(batch)
         self.step += 1
         self._check(result, batch)
@@ -267,6 +275,7 @@ class Run:
 
     def _record(self, result: StepResult, lr: float, took_s: float, waited_s: float, num_unreadable: int) -> StepRecord:
         losses, scaler, reports = result.losses, self._take_step.scaler, self.recipe.run.report_batch_accuracy
+        self._rates.append(self.recipe.optim.batch_size / took_s)
         return StepRecord(
             step=self.step,
             epoch=self.epoch,
@@ -274,7 +283,7 @@ class Run:
             lr=lr,
             grad_norm=result.grad_norm,
             logit_scale=float(self.model.logit_scale.detach().exp()),
-            samples_per_s=self.recipe.optim.batch_size / took_s,
+            samples_per_s=self._rates[-1],
             step_s=took_s,
             data_wait_s=waited_s,
             num_unreadable=num_unreadable,
@@ -351,7 +360,7 @@ class Run:
             epoch=self.epoch,
             loss=sum(self._losses) / max(1, len(self._losses)),
             elapsed_s=self._trained_s,
-            samples_per_s=self.step * self.recipe.optim.batch_size / max(self._trained_s, 1e-9),
+            samples_per_s=sum(self._rates) / max(1, len(self._rates)),
             num_processes=self.world.size,
             device_name=_device_name(self.world.device),
             validation=self._validated if self._validated_at == self.step else None,

@@ -347,3 +347,22 @@ def test_both_forms_read_alike(split_dir: Path, tmp_path: Path) -> None:
     assert list(plain.texts) == packed.texts
     assert sorted(plain.image_ids) == packed.image_ids
     assert all(plain.image_bytes(image_id) == packed.image_bytes(image_id) for image_id in plain.image_ids)
+
+
+# --- small disks --------------------------------------------------------------------------------------------
+
+
+def test_the_map_grows_by_steps_and_reserves_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows the file is as large as its map: it is doubled up to a step, and then grows by that."""
+    step = 2**20
+    monkeypatch.setattr(ours, "_INITIAL_MAP_BYTES", step // 4)
+    monkeypatch.setattr(ours, "_MAX_GROWTH_BYTES", step)
+    monkeypatch.setattr(ours, "_COMMIT_EVERY", 10)
+    images = [ImageRecord(number, os.urandom(31_000)) for number in range(200)]
+    split_dir = write_lmdb(write_split(tmp_path, images, [TextRecord(0, "x", (0,))]), "train")
+    with lmdb.open(str(split_dir / "imgs"), map_size=0, readonly=True, lock=False) as environment:  # 0: as written
+        reserved = environment.info()["map_size"]
+    used = (split_dir / "imgs" / "data.mdb").stat().st_size
+    assert used > 8 * step
+    assert reserved - used <= 2 * step
+    assert LmdbPairs(split_dir).image_bytes(199) == images[199].encoded

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from tests.shapes import MemoryPairs, shape_pairs, write_pairs
 from training.batch import Batch
@@ -121,21 +122,35 @@ def test_workers_end_with_the_loader() -> None:
         next(loader)
 
 
-def test_a_worker_that_dies_is_one_sentence() -> None:
-    """Told by `next`, not in the middle of whatever the main process does."""
-    handler = signal.getsignal(signal.SIGCHLD)
+@pytest.mark.parametrize("has_another", [False, True])
+def test_a_worker_that_dies_is_one_sentence(has_another: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told by `next`, not in the middle of whatever the main process does; also after another DataLoader."""
+    kept = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False)
+    if has_another:
+        assert len(list(DataLoader([1, 2], num_workers=1))) == 2
+        assert signal.getsignal(signal.SIGCHLD) is not signal.SIG_DFL
     before = set(workers())
     with loader_of(shape_pairs(), num_workers=1, prefetch_batches=1) as loader:
         take(loader, 1)
-        assert signal.getsignal(signal.SIGCHLD) == handler
         (worker,) = set(workers()) - before
         os.kill(worker, signal.SIGKILL)
         time.sleep(0.2)
-        with pytest.raises(
-            TuwenError, match=r"^a process that reads training data died \(.*\n?.*\); .*num_workers"
-        ) as told:
+        with pytest.raises(TuwenError, match=r"^a process that reads training data died \(.*\); .*num_workers") as told:
             take(loader, 10)
     assert "\n" not in str(told.value)
+    signal.signal(signal.SIGCHLD, kept)
+
+
+def test_a_handler_of_the_users_stays() -> None:
+    def own(number: int, frame: object) -> None:
+        """Nothing."""
+
+    kept = signal.signal(signal.SIGCHLD, own)
+    with loader_of(shape_pairs(), num_workers=1) as loader:
+        take(loader, 1)
+        assert signal.getsignal(signal.SIGCHLD) is own
+    signal.signal(signal.SIGCHLD, kept)
 
 
 def test_a_signal_to_the_whole_group_is_the_main_processs_affair() -> None:

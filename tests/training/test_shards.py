@@ -111,8 +111,12 @@ def test_a_batch_depends_on_nothing_asked_for_before(pattern: str) -> None:
 
 
 @pytest.mark.parametrize("num_processes", [2, 4])
-def test_processes_share_the_batch_of_one(pattern: str, num_processes: int) -> None:
+def test_processes_share_the_batch_of_one(num_processes: int, tmp_path: Path) -> None:
     """Also what is dropped from captions, which is drawn."""
+    for shard in range(3):
+        lines = (line_of(number, text=f"一个很大的红色的圆{number}") for number in range(shard * 12, shard * 12 + 12))
+        (tmp_path / f"{shard}.tsv").write_bytes(b"".join(lines))
+    pattern = f"{tmp_path}/*.tsv"
     whole = batches_of(pattern, 12, drop_tokens=0.5)
     parts = [batches_of(pattern, 12, 0, rank, num_processes, drop_tokens=0.5) for rank in range(num_processes)]
     for number in range(len(whole)):
@@ -127,6 +131,7 @@ def test_processes_share_the_batch_of_one(pattern: str, num_processes: int) -> N
             Keys(*(torch.cat(part) for part in zip(*map(keys, shares), strict=True))),
         )
         assert same(joined, expected)
+        assert len(set(map(len, expected.texts))) > 3  # so that something was dropped
 
 
 def test_only_a_processs_own_lines_are_read(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:

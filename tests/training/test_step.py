@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from tests.training.one_step import Outcome, global_batch, recipe_of, small_model, take
-from training.distributed import World, stable_seed
+from training.distributed import World
 from training.feature_loss import FeatureLoss
+from training.order import torch_seed
 from training.towers import Towers, chunks_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,10 +63,10 @@ def test_both_passes_draw_the_same_dropout_and_the_same_masks() -> None:
     recipe = recipe_of(["optim.chunk_size=3", "model.mask_ratio=0.5"])
     found = take(recipe, ALONE, small_model(dropout=0.5))
     model, batch = small_model(dropout=0.5), global_batch(ALONE)
-    towers, seed = Towers(model, 0.5), stable_seed(recipe.run.seed, "step", 0, 0, 0)
+    towers, seed = Towers(model, 0.5), torch_seed(recipe.run.seed, "step", 0, 0, 0)
     parts = []
     for number, chunk in enumerate(chunks_of(batch, 3, ALONE.device)):
-        torch.manual_seed(stable_seed(seed, number))
+        torch.manual_seed(torch_seed(seed, number))
         parts.append(towers(chunk.pixel_values, chunk.input_ids, chunk.offsets, chunk.longest))
     losses, share = FeatureLoss(recipe, ALONE, model)(*map(torch.cat, zip(*parts, strict=True)), batch)
     share.backward()

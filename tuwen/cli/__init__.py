@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
 
 import typer
 from rich.logging import RichHandler
@@ -37,18 +36,14 @@ for command in (teacher_features, build, render, serve, search, calibrate):
     app.command()(command)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: our own errors become one sentence; anything else is a bug and keeps its traceback.
-
-    Args:
-        arguments: default: those of the command line.
-    """
+def main() -> None:
+    """Entry point: our own errors become one sentence; anything else is a bug and keeps its traceback."""
     handler = RichHandler(console=stderr, show_time=False, show_level=False, show_path=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     for chatty in ("httpx", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        app(arguments)
+        app()
     except Exception as error:
         if not _is_ours(error):
             raise

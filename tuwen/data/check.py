@@ -185,7 +185,8 @@ def _repeated(texts: Sequence[TextRecord]) -> tuple[Finding[RepeatedCaption], fl
     several = counts > 1
     worst = [at for at in np.argsort(-counts, kind="stable")[:MAX_EXAMPLES] if several[at]]
     named = {int(captions[at]): int(counts[at]) for at in worst}
-    text_of = {found: record.text for record in texts if (found := _hash(_key(record.text).encode())) in named}
+    keys = (_key(record.text) for record in texts)
+    text_of = {found: key for key in keys if (found := _hash(key.encode())) in named}
     examples = tuple(RepeatedCaption(text_of[one], count) for one, count in named.items())
     share = float(counts[several].sum() / max(1, counts.sum()))
     return Finding(int(several.sum()), examples), share
