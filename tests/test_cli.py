@@ -250,8 +250,8 @@ def test_rendering_tells_what_it_wrote(in_process: Main, tmp_path: Path) -> None
     assert "run `tuwen render`" in err
 
 
-def test_training_prints_its_folder(in_process: Main, tmp_path: Path) -> None:
-    """From a recipe file to a checkpoint that `tuwen eval` takes."""
+def test_training_prints_its_folder(in_process: Main, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """From a recipe file to a checkpoint that `tuwen eval` takes; of 2 steps, fewer than the default warm-up."""
     for split in ("train", "valid"):
         write_pairs(tmp_path / "data", split, shape_pairs())
     recipe = f"""
@@ -273,6 +273,7 @@ def test_training_prints_its_folder(in_process: Main, tmp_path: Path) -> None:
         "eval", "retrieval", "--checkpoint", f"{tmp_path}/run", "--data", f"{tmp_path}/data", "--json"
     )
     assert (status, json.loads(out)["architecture"]) == (0, "Tiny-ViT")
+    assert "optim.warmup_steps is 500 and the run has 2 steps" in caplog.text
     # What is finished stays as it is.
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     status, out, _ = in_process("train", str(tmp_path / "recipe.toml"))

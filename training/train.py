@@ -126,6 +126,12 @@ class Run:
         self._classes = open_zero_shot(recipe.valid.zero_shot) if recipe.valid.zero_shot else None
         self._build()
         self.num_steps = recipe.optim.max_steps or (recipe.optim.epochs or 0) * len(self._batches)
+        if recipe.optim.warmup_steps >= self.num_steps and world.is_first:
+            log.warning(
+                "optim.warmup_steps is %d and the run has %d steps: the learning rate never reaches optim.lr",
+                recipe.optim.warmup_steps,
+                self.num_steps,
+            )
         self.step, self._trained_s = 0, 0.0
         self._losses: deque[float] = deque(maxlen=_RECENT)
         self._rates: deque[float] = deque(maxlen=_RECENT)
