@@ -22,7 +22,7 @@ Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 Picture = npt.NDArray[np.uint8]
 
 _GREY = 128
-# Pictures in float32 at a time, while they are augmented. A constant, because what is drawn for a picture depends on it.
+# Pictures in float32 at a time, while they are augmented. A constant: what is drawn for a picture depends on it.
 _AUGMENTED_TOGETHER = 128
 _KEPT, _UNREADABLE = 1, 2
 
