@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tuwen.errors import InvalidInput, MissingDependency
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Fonts that know Chinese, those of Linux, macOS and Windows.
@@ -90,17 +91,15 @@ def confusion_figure(labels: Sequence[str], counts: npt.NDArray[np.integer]) -> 
     return _png(figure)
 
 
-def _name_axes(axes: object, labels: Sequence[str]) -> None:
-    from matplotlib.axes import Axes
-
-    assert isinstance(axes, Axes)
+def _name_axes(axes: Axes, labels: Sequence[str]) -> None:
     font = _chinese_font()
     names = [label if len(label) <= 12 else f"{label[:11]}…" for label in labels]
-    if font is None and not all(name.isascii() for name in names):
-        names = [str(position) for position in range(len(labels))]
-    # A dollar sign would start a formula.
-    names = [name.replace("$", r"\$") for name in names]
     places = range(len(labels))
+    if font is None and not all(name.isascii() for name in names):
+        axes.set_xticks(places)
+        axes.set_yticks(places)
+        return
+    names = [name.replace("$", r"\$") for name in names]  # a dollar sign would start a formula
     axes.set_xticks(places, names, rotation=60, ha="right", rotation_mode="anchor", fontsize=9, fontfamily=font)
     axes.set_yticks(places, names, fontsize=9, fontfamily=font)
 

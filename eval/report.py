@@ -147,7 +147,7 @@ def _text_miss(miss: Miss, embedded: EmbeddedPairs, thumbnails: _Thumbnails) -> 
     """A text, its picture, and the pictures found instead."""
 
     def item(found: Found, place: int, style: str = "") -> str:
-        caption = f"#{place:,} · {found.cosine:.3f}"
+        caption = f"#{place:,}<br>{found.cosine:.3f}"
         return f"<div class='item{style}'>{thumbnails.html(found.item)}{caption}</div>"
 
     instead = "".join(item(found, place) for place, found in enumerate(miss.found, start=1))
