@@ -59,7 +59,7 @@ class ClassFolders:
     index: npt.NDArray[np.int64] | None = None
 
     def pictures(self, is_multi_label: bool) -> Pictures:
-        """Each file is a picture; in a set of several labels a name in several class folders is one with all of them."""
+        """Each file is one; in a set of several labels, a name in several class folders is one with all of them."""
         if not is_multi_label:
             truths = [(int(label),) for label in self.truth]
             return Pictures(self.files, truths, np.arange(len(self.files), dtype=np.int64))
