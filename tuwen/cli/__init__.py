@@ -16,6 +16,7 @@ from tuwen.cli.answers import calibrate, classifier_app
 from tuwen.cli.bench import bench_app
 from tuwen.cli.console import stderr
 from tuwen.cli.data import data_app
+from tuwen.cli.features import features
 from tuwen.cli.model import build, eval_app, render
 from tuwen.cli.search import search
 from tuwen.cli.serving import serve
@@ -32,7 +33,7 @@ app.command()(train)
 app.add_typer(eval_app, name="eval")
 app.add_typer(classifier_app, name="classifier")
 app.add_typer(bench_app, name="bench")
-for command in (teacher_features, build, render, serve, search, calibrate):
+for command in (teacher_features, features, build, render, serve, search, calibrate):
     app.command()(command)
 
 
