@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from eval.engine import Engine, EngineKind, Row, Unusable
+from eval.engines import DEFAULT_REPOSITORY, DEFAULT_URL, open_engine
 from eval.feature_files import (
     MANIFEST_NAME,
     Dtype,
@@ -34,6 +35,9 @@ from eval.feature_files import (
 )
 from eval.feature_sources import Id, Side, Source, open_source, sides_of
 from tuwen.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from tuwen_client import Tls
 
 log = logging.getLogger(__name__)
 
@@ -54,22 +58,24 @@ class EngineChoice:
     checkpoint: Path | None = None
     device: str = "cpu"
     batch_size: int | None = None
-    repository: Path | None = None
+    repository: Path = DEFAULT_REPOSITORY
     model: str | None = None
-    url: str | None = None
+    version: int | None = None
+    url: str = DEFAULT_URL
+    tls: Tls | None = None
 
     def open(self) -> Engine:
         """The engine, ready to embed."""
-        from eval.engines import DEFAULT_REPOSITORY, DEFAULT_URL, open_engine
-
         return open_engine(
             self.kind,
             checkpoint=self.checkpoint,
             device=self.device,
             batch_size=self.batch_size,
-            repository=self.repository or DEFAULT_REPOSITORY,
+            repository=self.repository,
             model=self.model,
-            url=self.url or DEFAULT_URL,
+            version=self.version,
+            url=self.url,
+            tls=self.tls,
         )
 
 

@@ -16,8 +16,9 @@ from tuwen.cli.answers import calibrate, classifier_app
 from tuwen.cli.bench import bench_app
 from tuwen.cli.console import stderr
 from tuwen.cli.data import data_app
+from tuwen.cli.evaluation import eval_app
 from tuwen.cli.features import features
-from tuwen.cli.model import build, eval_app, render
+from tuwen.cli.model import build, render
 from tuwen.cli.search import search
 from tuwen.cli.serving import serve
 from tuwen.cli.training import teacher_features, train

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tuwen.cli.console import DEFAULT_REPOSITORY, Json, Out, Repository, Url, progress_bar, stdout
+from tuwen.cli.engine_options import Authority, Device, Model, ModelVersion, SomeCheckpoint, tls_of
 
 if TYPE_CHECKING:
+    from eval.engine import EngineKind
     from eval.features import Extraction
 
 
-class Engine(StrEnum):
-    """What embeds."""
+class FeatureEngine(StrEnum):
+    """What computes the embeddings; ray: PyTorch, on the machines of a cluster."""
 
     torch = "torch"
     onnx = "onnx"
@@ -38,10 +40,10 @@ def features(
         typer.Option("--data", help="Folder of pictures, of an LMDB or of TSV and JSONL; a glob of shards; Parquet."),
     ],
     out: Out,
-    checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", help="Of torch and ray: checkpoint folder, or an official .pt file.")
-    ] = None,
-    engine: Annotated[Engine, typer.Option("--engine", help="What embeds; ray: torch by Ray Data.")] = Engine.torch,
+    engine: Annotated[
+        FeatureEngine, typer.Option("--engine", help="What embeds; ray: checkpoints by Ray Data.")
+    ] = FeatureEngine.torch,
+    checkpoint: SomeCheckpoint = None,
     images: Annotated[bool, typer.Option("--images", help="Only pictures, unless --texts is given too.")] = False,
     texts: Annotated[bool, typer.Option("--texts", help="Only texts, unless --images is given too.")] = False,
     split: Annotated[str, typer.Option("--split", help="Which split of the data.")] = "valid",
@@ -51,14 +53,16 @@ def features(
     part_rows: Annotated[
         int, typer.Option("--part-rows", min=1, help="Items to a part, the most work that a kill loses.")
     ] = 4096,
-    device: Annotated[str, typer.Option("--device", help="Of torch and ray: cpu or cuda.")] = "cpu",
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Of torch, onnx and ray.")] = None,
+    device: Device = "cpu",
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Of ray; default: one a GPU, else one a machine.")
     ] = None,
     repository: Repository = DEFAULT_REPOSITORY,
+    model: Model = None,
+    model_version: ModelVersion = None,
     url: Url = "localhost:8001",
-    model: Annotated[str | None, typer.Option("--model", help="Of onnx and triton, where several are served.")] = None,
+    tls_ca: Authority = None,
     as_json: Json = False,
 ) -> None:
     """Embed pictures and texts to Parquet; after a kill the same command goes on where it ended."""
@@ -68,13 +72,14 @@ def features(
 
     sides = tuple(side for side, wanted in zip(SIDES, (images, texts), strict=True) if wanted)
     job = FeatureJob(data, out, split, sides, dtype.value, part_rows, single_file, jsonl)
-    choice = EngineChoice(
-        "torch" if engine is Engine.ray else engine.value, checkpoint, device, batch_size, repository, model, url
-    )
+    kind: EngineKind = "torch"
+    if engine is not FeatureEngine.ray:
+        kind = engine.value
+    choice = EngineChoice(kind, checkpoint, device, batch_size, repository, model, model_version, url, tls_of(tls_ca))
     # Under Ray this process only has to know which model it is, and may have no GPU.
-    own = replace(choice, device="cpu") if engine is Engine.ray else choice
+    own = replace(choice, device="cpu") if engine is FeatureEngine.ray else choice
     with own.open() as opened, progress_bar("embedding") as report:
-        parts = parts_by_ray(choice, workers) if engine is Engine.ray else parts_by_engine(opened)
+        parts = parts_by_ray(choice, workers) if engine is FeatureEngine.ray else parts_by_engine(opened)
         done = write_features(job, opened, engine.value, parts, report)
     if as_json:
         print(json.dumps([asdict(one) for one in done], default=str, ensure_ascii=False))
