@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tuwen.cli.console import DEFAULT_REPOSITORY, Json, Out, Repository, Url, progress_bar, stdout
-from tuwen.cli.engine_options import Authority, Device, Model, ModelVersion, SomeCheckpoint, tls_of
+from tuwen.cli.engine_options import Authority, Device, EngineName, Model, ModelVersion, SomeCheckpoint, tls_of
 
 if TYPE_CHECKING:
-    from eval.engine import EngineKind
     from eval.features import Extraction
 
 
@@ -72,10 +71,10 @@ def features(
 
     sides = tuple(side for side, wanted in zip(SIDES, (images, texts), strict=True) if wanted)
     job = FeatureJob(data, out, split, sides, dtype.value, part_rows, single_file, jsonl)
-    kind: EngineKind = "torch"
-    if engine is not FeatureEngine.ray:
-        kind = engine.value
-    choice = EngineChoice(kind, checkpoint, device, batch_size, repository, model, model_version, url, tls_of(tls_ca))
+    computing = EngineName.torch if engine is FeatureEngine.ray else EngineName(engine)
+    choice = EngineChoice(
+        computing.value, checkpoint, device, batch_size, repository, model, model_version, url, tls_of(tls_ca)
+    )
     # Under Ray this process only has to know which model it is, and may have no GPU.
     own = replace(choice, device="cpu") if engine is FeatureEngine.ray else choice
     with own.open() as opened, progress_bar("embedding") as report:
