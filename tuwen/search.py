@@ -4,7 +4,7 @@
 
 A score is the dot product in float64, rounded to float32: equal vectors tie, whatever block they lie in. What BLAS
 computes in float32 differs from it in the last bits, by block and by machine; it only rules out what cannot be among
-the best, by a bound on its error. What is left, some k items a query for each doubling of the gallery, counts exactly.
+the best, by a bound on its error. What is left, some k items a query and doubling of the gallery, is scored exactly.
 """
 
 from __future__ import annotations
@@ -233,6 +233,9 @@ def _exact_scores(queries: FloatArray, items: FloatArray, rows: Indices, columns
     for start in range(0, len(rows), _EXACT_PAIRS):
         chosen = slice(start, start + _EXACT_PAIRS)
         # float32 first, as the products saw them; a product of two float32 is exact in float64.
-        pairs = (part.astype(np.float32).astype(np.float64) for part in (queries[rows[chosen]], items[columns[chosen]]))
+        pairs = (
+            part.astype(np.float32, copy=False).astype(np.float64)
+            for part in (queries[rows[chosen]], items[columns[chosen]])
+        )
         scores[chosen] = np.einsum("nd,nd->n", *pairs)
     return scores

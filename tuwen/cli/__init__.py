@@ -16,6 +16,7 @@ from tuwen.cli.answers import calibrate, classifier_app
 from tuwen.cli.bench import bench_app
 from tuwen.cli.console import stderr
 from tuwen.cli.data import data_app
+from tuwen.cli.eval_files import add_file_commands
 from tuwen.cli.model import build, eval_app, render
 from tuwen.cli.search import search
 from tuwen.cli.serving import serve
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.command()(train)
+add_file_commands(eval_app)
 app.add_typer(eval_app, name="eval")
 app.add_typer(classifier_app, name="classifier")
 app.add_typer(bench_app, name="bench")
