@@ -29,7 +29,7 @@ from training.loader import Loader, open_batches
 from training.metrics import StepRecord, ValidationRecord
 from training.model_card import RunSummary, render_model_card
 from training.optim import Ema, build_optimizer, learning_rate, set_learning_rate
-from training.recipe import Recipe
+from training.recipe import AugmentSection, Recipe
 from training.state import (
     State,
     load_state,
@@ -120,7 +120,7 @@ class Run:
             recipe.run.seed,
             world.rank,
             world.size,
-            partial(_augmented, recipe),
+            partial(_augmented, recipe) if recipe.augment != AugmentSection() else None,
         )
         self._valid_pairs = open_pairs(recipe.valid_path, recipe.valid.split) if recipe.valid_path else None
         self._classes = open_zero_shot(recipe.valid.zero_shot) if recipe.valid.zero_shot else None
