@@ -155,9 +155,13 @@ def _print_comparison(comparison: Comparison, one: str, other: str) -> None:
             answers.add_row(f"{name}, {label}", *values, f"{100 * change[metric]:+.2f}")
         ranks = (f"{each.mean_rank:.2f}" for each in (first, second))
         answers.add_row(f"{name}, mean rank", *ranks, f"{change['mean_rank']:+.2f}")
-        same = (("best", difference.same_top_1), ("ten best", difference.same_top_10), ("rank", difference.same_rank))
+        same = (
+            ("best of all", difference.same_top_1),
+            ("ten best", difference.same_top_10),
+            ("rank of the right one", difference.same_rank),
+        )
         for label, share in same:
-            answers.add_row(f"{name}, queries with the same {label}", "", f"{share:.2%}", "")
+            answers.add_row(f"{name}, same {label}", "", f"{share:.2%}", "")
     stdout.print(answers)
 
 
