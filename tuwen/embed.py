@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -115,24 +116,40 @@ class RetrievalSet:
         images_of_text = tuple(_columns(record, column) for record in records)
         return cls(image_ids, tuple(record.text for record in records), images_of_text)
 
-    def score(self, image_embeds: Embeddings, text_embeds: Embeddings) -> dict[str, RetrievalScores]:
-        """Both directions: {"text_to_image": ..., "image_to_text": ...}.
+    @cached_property
+    def texts_of_image(self) -> tuple[tuple[int, ...], ...]:
+        """For each picture, indices into `texts`; empty where none describes it."""
+        found: list[list[int]] = [[] for _ in self.image_ids]
+        for text, images in enumerate(self.images_of_text):
+            for image in images:
+                found[image].append(text)
+        return tuple(map(tuple, found))
 
-        Pictures without a text are in the gallery but ask nothing.
+    @cached_property
+    def asking_images(self) -> tuple[int, ...]:
+        """Indices of the pictures that ask: those with a text. The others are in the gallery only."""
+        return tuple(image for image, texts in enumerate(self.texts_of_image) if texts)
+
+    def ranks(self, image_embeds: Embeddings, text_embeds: Embeddings) -> dict[str, npt.NDArray[np.int64]]:
+        """Rank of each query's best right answer, 0 is the top: int64 (T,) of every text against the pictures,
+        "text_to_image", and (len(asking_images),) of every picture that asks against the texts, "image_to_text".
 
         Args:
             image_embeds: (N, D), in the order of `image_ids`.
             text_embeds: (T, D), in the order of `texts`.
         """
-        texts_of_image: list[list[int]] = [[] for _ in self.image_ids]
-        for text, images in enumerate(self.images_of_text):
-            for image in images:
-                texts_of_image[image].append(text)
-        asking = [image for image, texts in enumerate(texts_of_image) if texts]
+        asking = list(self.asking_images)
+        right_texts = [self.texts_of_image[image] for image in asking]
         return {
-            "text_to_image": _score(text_embeds, image_embeds, self.images_of_text),
-            "image_to_text": _score(image_embeds[asking], text_embeds, [texts_of_image[image] for image in asking]),
+            "text_to_image": first_relevant_ranks(text_embeds, image_embeds, self.images_of_text),
+            "image_to_text": first_relevant_ranks(image_embeds[asking], text_embeds, right_texts),
         }
+
+    def score(self, image_embeds: Embeddings, text_embeds: Embeddings) -> dict[str, RetrievalScores]:
+        """Both directions: {"text_to_image": ..., "image_to_text": ...}; args as `ranks`."""
+        num_items = {"text_to_image": len(self.image_ids), "image_to_text": len(self.texts)}
+        ranks = self.ranks(image_embeds, text_embeds)
+        return {direction: _scores(found, num_items[direction]) for direction, found in ranks.items()}
 
 
 def score_retrieval(
@@ -182,7 +199,6 @@ def _columns(record: TextRecord, column: Mapping[int, int]) -> tuple[int, ...]:
     return tuple(column[image_id] for image_id in record.image_ids)
 
 
-def _score(queries: Embeddings, items: Embeddings, relevant: Sequence[Sequence[int]]) -> RetrievalScores:
-    ranks = first_relevant_ranks(queries, items, relevant)
-    r1, r5, r10 = recalls_of_ranks(ranks, len(items), RECALL_KS)
+def _scores(ranks: npt.NDArray[np.int64], num_items: int) -> RetrievalScores:
+    r1, r5, r10 = recalls_of_ranks(ranks, num_items, RECALL_KS)
     return RetrievalScores(r1, r5, r10, num_queries=len(ranks))

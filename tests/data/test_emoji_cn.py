@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import tuwen.data.emoji_cn as emoji_cn
-from tuwen.data.emoji_cn import NAMES, STYLES, Package, build_emoji_cn, fetch_package
+from tuwen.data.emoji_cn import NAMES, STYLES, Package, build_emoji_cn, fetch_package, read_groups
 from tuwen.data.lmdb import write_lmdb
 from tuwen.data.pairs import iter_images, iter_texts, jsonl_path, open_pairs, tsv_path
 from tuwen.errors import InvalidInput, MissingDependency, TuwenError
@@ -136,11 +136,24 @@ def test_pictures_are_64_pixels_on_white(source: Source, tmp_path: Path) -> None
             assert picture.getpixel((54, 32)) == (255, 255, 255)
 
 
+def test_every_picture_has_its_group(source: Source, tmp_path: Path) -> None:
+    source.build(tmp_path)
+    expected = {0: "animals-nature", 1: "symbols", 2: "travel-places"}
+    for split, style in (("valid", 20000), ("train", 0), ("seen", 10000)):
+        image_ids = open_pairs(tmp_path, split).image_ids
+        groups = read_groups(tmp_path, image_ids)
+        assert {concept: groups[style + concept] for concept in expected} == expected
+    with pytest.raises(InvalidInput, match=r"groups\.tsv: picture 3: group None"):
+        read_groups(tmp_path, [3])
+    with pytest.raises(InvalidInput, match=r"nowhere/groups\.tsv: expected lines"):
+        read_groups(tmp_path / "nowhere", [0])
+
+
 def test_two_builds_are_the_same_bytes(source: Source, tmp_path: Path) -> None:
     for name in ("one", "two"):
         source.build(tmp_path / name)
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert len(files) == 7
+    assert len(files) == 8
     for file in files:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 

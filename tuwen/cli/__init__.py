@@ -17,7 +17,10 @@ from tuwen.cli.bench import bench_app
 from tuwen.cli.console import stderr
 from tuwen.cli.data import data_app
 from tuwen.cli.eval_files import add_file_commands
-from tuwen.cli.model import build, eval_app, render
+from tuwen.cli.eval_zero_shot import eval_zero_shot
+from tuwen.cli.evaluation import eval_app
+from tuwen.cli.features import features
+from tuwen.cli.model import build, render
 from tuwen.cli.search import search
 from tuwen.cli.serving import serve
 from tuwen.cli.training import teacher_features, train
@@ -30,11 +33,12 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.command()(train)
+eval_app.command("zero-shot")(eval_zero_shot)
 add_file_commands(eval_app)
 app.add_typer(eval_app, name="eval")
 app.add_typer(classifier_app, name="classifier")
 app.add_typer(bench_app, name="bench")
-for command in (teacher_features, build, render, serve, search, calibrate):
+for command in (teacher_features, features, build, render, serve, search, calibrate):
     app.command()(command)
 
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to a served model: `tuwen eval ...`, `tuwen build`, `tuwen render`."""
+"""From a checkpoint to a served model: `tuwen build`, `tuwen render`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from enum import StrEnum
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from tuwen.cli.console import DEFAULT_REPOSITORY, Checkpoint, Data, Json, Repository, progress_bar, stderr, stdout
+from tuwen.cli.console import DEFAULT_REPOSITORY, Checkpoint, Json, Repository, stderr, stdout
 
 
 class Precision(StrEnum):
@@ -17,35 +16,6 @@ class Precision(StrEnum):
 
     fp32 = "fp32"
     int8 = "int8"
-
-
-eval_app = typer.Typer(help="Measure a checkpoint.", no_args_is_help=True)
-
-
-@eval_app.command("retrieval")
-def eval_retrieval(
-    checkpoint: Checkpoint,
-    data: Data,
-    split: Annotated[str, typer.Option("--split", help="Which split of the data.")] = "valid",
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
-    as_json: Json = False,
-) -> None:
-    """R@1, R@5, R@10 and their mean, text to image and image to text."""
-    from eval.retrieval import evaluate_checkpoint
-
-    with progress_bar("embedding pictures") as report:
-        result = evaluate_checkpoint(checkpoint, data, split, device, report)
-    if as_json:
-        print(json.dumps(result))
-        return
-    table = Table(title=f"{result['architecture']} on {data} ({split}, {result['num_images']} pictures)")
-    for column in ("", "R@1", "R@5", "R@10", "mean", "queries"):
-        table.add_column(column, justify="right" if column else "left")
-    for direction in ("text_to_image", "image_to_text"):
-        scores = result[direction]
-        figures = (f"{scores[key]:.1%}" for key in ("r1", "r5", "r10", "mean_recall"))
-        table.add_row(direction.replace("_", " "), *figures, str(scores["num_queries"]))
-    stdout.print(table)
 
 
 def build(

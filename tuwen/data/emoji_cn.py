@@ -32,8 +32,12 @@ from tuwen.errors import InvalidInput, MissingDependency, TuwenError
 from tuwen.files import write_text
 
 RESOLUTION = 64
+GROUPS_NAME = "groups.tsv"
 MAX_MEMBER_BYTES = 4 * 2**20  # the largest member read, the Chinese data.json, has 1 MB
 _PICTURE_IDS_PER_STYLE = 10_000
+# Unicode's groups by emojibase's number; source: package/meta/groups.json of emojibase-data.
+GROUPS = ("smileys-emotion", "people-body", "component", "animals-nature", "food-drink", "travel-places", "activities",
+          "objects", "symbols", "flags")  # fmt: skip
 
 ProgressHook = Callable[[int, int, str], None]
 
@@ -97,11 +101,12 @@ class SplitCounts:
 
 @dataclass(frozen=True)
 class Concept:
-    """One emoji: its code points, Chinese name, and tags other than the name."""
+    """One emoji: its code points, Chinese name, tags other than the name, and group."""
 
     hexcode: str
     name: str
     tags: tuple[str, ...]
+    group: str
 
 
 def build_emoji_cn(
@@ -138,8 +143,30 @@ def build_emoji_cn(
         counts[split] = SplitCounts(len(chosen) * len(concepts), len(captions), num_pairs)
         write_images(tsv_path(out_dir, split), (record for style in chosen for record in pictures[style]))
         write_texts(jsonl_path(out_dir, split), _text_records(captions, chosen))
+    write_text(out_dir / GROUPS_NAME, "".join(f"{index}\t{one.group}\n" for index, one in enumerate(concepts)))
     write_text(out_dir / "README.md", _readme(names, styles, len(concepts), counts))
     return {split: one.pictures for split, one in counts.items()}
+
+
+def read_groups(folder: Path, image_ids: Iterable[int]) -> dict[int, str]:
+    """The group of each picture of an Emoji-CN folder, a name of `GROUPS`.
+
+    Raises:
+        InvalidInput: no groups.tsv, or a picture without a group.
+    """
+    path = folder / GROUPS_NAME
+    try:
+        lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+        of_concept = {int(concept): group for concept, group in lines}
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"{path}: expected lines of `concept, tab, group`; tuwen data emoji writes it") from error
+    groups: dict[int, str] = {}
+    for image_id in image_ids:
+        group = of_concept.get(image_id % _PICTURE_IDS_PER_STYLE)
+        if group not in GROUPS:
+            raise InvalidInput(f"{path}: picture {image_id}: group {group!r}, known are {', '.join(GROUPS)}")
+        groups[image_id] = group
+    return groups
 
 
 def fetch_package(package: Package, packages_dir: Path) -> Path:
@@ -189,7 +216,12 @@ def _concepts(tarball: Path, member_name: str, catalogues: list[dict[str, str]])
     entries = json.loads(_read_members(tarball, {member_name})[member_name])
     known = [entry for entry in entries if "group" in entry and all(_bare(entry["hexcode"]) in c for c in catalogues)]
     return [
-        Concept(_bare(entry["hexcode"]), entry["label"], _tags(entry.get("tags", []), entry["label"]))
+        Concept(
+            _bare(entry["hexcode"]),
+            entry["label"],
+            _tags(entry.get("tags", []), entry["label"]),
+            GROUPS[entry["group"]],
+        )
         for entry in sorted(known, key=lambda entry: entry["order"])
     ]
 
