@@ -59,7 +59,7 @@ class ClassFolders:
     index: npt.NDArray[np.int64] | None = None
 
     def pictures(self, is_multi_label: bool) -> Pictures:
-        """Each file is a picture; in a set of several labels a name in several class folders is one with all of them."""
+        """Each file is one; in a set of several labels, a name in several class folders is one with all of them."""
         if not is_multi_label:
             truths = [(int(label),) for label in self.truth]
             return Pictures(self.files, truths, np.arange(len(self.files), dtype=np.int64))
@@ -159,5 +159,6 @@ def _read_index(path: Path, num_files: int) -> npt.NDArray[np.int64]:
     if index.ndim != 1 or index.dtype.kind != "i" or not len(index):
         raise InvalidInput(f"{path}: expected a JSON list of integers")
     if index.min() < 0 or index.max() >= num_files:
-        raise InvalidInput(f"{path}: names picture {index.max()}, but there are {num_files}, counted from 0")
+        wrong = index[(index < 0) | (index >= num_files)][0]
+        raise InvalidInput(f"{path}: names picture {wrong}, but there are {num_files}, counted from 0")
     return index.astype(np.int64)

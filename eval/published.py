@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from tuwen.specs import SPECS, slugify
+from tuwen.specs import slugify
 
 RESULTS_PATH = Path(__file__).with_name("published_results.json")
 
@@ -101,8 +101,8 @@ def _as_fractions(entry: dict[str, Any]) -> dict[str, Any]:
 
 def published_model(model_name: str) -> str | None:
     """The published model of this architecture, given its name or the name it is served under; None for others."""
-    slugs = {slugify(name): name for name in SPECS if any(name == one.model for one in load_published().zero_shot)}
-    return slugs.get(slugify(model_name))
+    published = dict.fromkeys(one.model for one in load_published().zero_shot)
+    return next((name for name in published if model_name in (name, slugify(name))), None)
 
 
 def published_zero_shot(model_name: str, column: str) -> float | None:

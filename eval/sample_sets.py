@@ -26,7 +26,7 @@ from PIL import Image
 from eval.class_folders import LABELS_NAME
 from tuwen.data.emoji_cn import read_groups
 from tuwen.data.pairs import open_pairs
-from tuwen.errors import InvalidInput, MissingDependency
+from tuwen.errors import MissingDependency
 from tuwen.files import replace_folder
 
 _DIGIT_SIDE, _DIGIT_LEVELS = 64, 16

@@ -116,26 +116,25 @@ def score_pictures(
     predicted, rank = np.full(total, -1, np.int64), np.full(total, num_labels, np.int64)
     probs = _matrix_in_a_file(total, num_labels) if keep_probs else None
     unreadable: dict[str, str] = {}
-    # The engine reads ahead; a file is named as unreadable here once its turn comes.
     rows = engine.embed_images(_read(data.root, file) for file in pictures.files)
     for start in range(0, total, _BLOCK):
-        block = list(islice(rows, _BLOCK))
+        block = range(start, min(start + _BLOCK, total))
         positions, embeds = [], []
-        for position, row in enumerate(block, start):
+        for position, row in zip(block, islice(rows, _BLOCK), strict=True):
             if isinstance(row, Unusable):
                 unreadable[pictures.files[position]] = str(row)
             else:
                 positions.append(position)
                 embeds.append(row)
         if probs is not None:
-            probs[start : start + len(block)] = 1 / num_labels
+            probs[block.start : block.stop] = 1 / num_labels
         if positions:
             logits = LOGIT_SCALE * (np.stack(embeds) @ classifier.text_embeds.T)
             predicted[positions] = logits.argmax(axis=1)
             rank[positions] = first_relevant_rank(logits, _relevant(pictures, positions, num_labels))
             if probs is not None:
                 probs[positions] = softmax(logits)
-        on_progress(start + len(block), total)
+        on_progress(block.stop, total)
     return Scored(pictures, predicted, rank, probs, unreadable)
 
 

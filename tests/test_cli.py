@@ -86,6 +86,7 @@ def test_help_lists_the_commands() -> None:
         "data shards",
         "data check",
         "eval retrieval",
+        "eval compare",
         "bench run",
         "bench compare",
         "bench towers",
@@ -122,12 +123,16 @@ def test_an_error_is_one_line_on_stderr(tmp_path: Path) -> None:
     ("arguments", "reason"),
     [
         ("eval retrieval --checkpoint nowhere --data nowhere", "nowhere: there is no such checkpoint"),
+        ("eval retrieval --engine onnx --repository nowhere --data x", "nowhere: no built model in it; `tuwen build"),
+        ("eval retrieval --engine triton --url 127.0.0.1:1 --data samples/emoji_cn", "no server answers"),
+        ("eval compare torch:nowhere onnx:nowhere --data nowhere", "nowhere: there is no such checkpoint"),
+        ("eval compare here there --data nowhere", "engine 'here': expected torch:CHECKPOINT, onnx:REPOSITORY"),
         ("build --checkpoint nowhere --repository served", "nowhere: there is no such checkpoint"),
         ("build --checkpoint nowhere --repository served --version 0", "version 0: expected 1 or more"),
         ("render --check --repository nowhere", "nowhere: tokenize_text/config.pbtxt, "),
         ("data lmdb --data nowhere", "nowhere: no *_imgs.tsv in it"),
-        ("data check --data nowhere", "nowhere: no split 'train' as LMDB or as train_imgs.tsv"),
-        ("data shards --data nowhere --out shards", "nowhere: no split 'train' as LMDB or as train_imgs.tsv"),
+        ("data check --data nowhere", "nowhere: there is no such folder of pairs"),
+        ("data shards --data nowhere --out shards", "nowhere: there is no such folder of pairs"),
         ("train .", ".: cannot be read: Is a directory"),
         ("bench run nowhere.toml --serve", "nowhere.toml: there is no such scenario; those kept are image, mixed"),
         ("bench compare nowhere nowhere", "nowhere: there is no such summary; `tuwen bench run` writes one"),
@@ -216,6 +221,14 @@ def test_without_json_the_figures_are_a_table(evaluable: list[str]) -> None:
     assert [row.count("%") for row in rows] == [4, 4]
 
 
+def test_a_report_is_written_beside_the_figures(evaluable: list[str], tmp_path: Path, in_process: Main) -> None:
+    """stdout stays the result."""
+    status, out, err = in_process(*evaluable, "--json", "--report", str(tmp_path / "report.html"))
+    assert (status, json.loads(out)["engine"]) == (0, "torch")
+    assert "report.html shows the worst retrievals" in err
+    assert "<title>Retrieval: Small-ViT" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_a_broken_picture_ends_an_evaluation_with_its_id(evaluable: list[str], in_process: Main) -> None:
     """One line, also out of the middle of a progress bar."""
     pairs = shape_pairs()
@@ -250,8 +263,8 @@ def test_rendering_tells_what_it_wrote(in_process: Main, tmp_path: Path) -> None
     assert "run `tuwen render`" in err
 
 
-def test_training_prints_its_folder(in_process: Main, tmp_path: Path) -> None:
-    """From a recipe file to a checkpoint that `tuwen eval` takes."""
+def test_training_prints_its_folder(in_process: Main, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """From a recipe file to a checkpoint that `tuwen eval` takes; of 2 steps, fewer than the default warm-up."""
     for split in ("train", "valid"):
         write_pairs(tmp_path / "data", split, shape_pairs())
     recipe = f"""
@@ -273,6 +286,7 @@ def test_training_prints_its_folder(in_process: Main, tmp_path: Path) -> None:
         "eval", "retrieval", "--checkpoint", f"{tmp_path}/run", "--data", f"{tmp_path}/data", "--json"
     )
     assert (status, json.loads(out)["architecture"]) == (0, "Tiny-ViT")
+    assert "optim.warmup_steps is 500 and the run has 2 steps" in caplog.text
     # What is finished stays as it is.
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     status, out, _ = in_process("train", str(tmp_path / "recipe.toml"))

@@ -112,8 +112,8 @@ class IndexedBatches:
         my_texts = share_of(len(texts), self.rank, self.num_processes)
         mine = self._picture_of_item[items[my_items.start : my_items.stop]]
         generator = torch_generator(self.seed, epoch, number, self.rank)
-        decoded = [self._pixels(picture) for picture in mine.tolist()]
-        pixels, is_readable = to_batch(decoded, self.resolution, self.augmentation, generator)
+        decoded = map(self._pixels, mine.tolist())
+        pixels, is_readable = to_batch(decoded, len(mine), self.resolution, self.augmentation, generator)
         return Batch(
             epoch=epoch,
             number=number,

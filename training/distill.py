@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.loss import Features, Targets, masked_logits, sum_over_blocks
+from training.loss import Features, Scratch, Targets, hide_columns_, sum_over_blocks
 from training.recipe import DataSection, DistillSection
 from training.teacher_features import StoredTeacher
 from training.teachers import ModelTeacher, Teacher
@@ -91,12 +91,19 @@ Sides = tuple[Tensor, Tensor, Tensor]  # own rows (n, D), others (N, D), scale (
 
 
 def _divergence(student: Sides, teacher: Sides, positives: Tensor, is_column: Tensor | None) -> Tensor:
-    def log_probs(sides: Sides, rows: slice) -> Tensor:
-        own, others, scale = sides
-        return F.log_softmax(masked_logits(own[rows], others, scale, is_column), dim=1)
+    own_of_teacher, others_of_teacher, its_scale = (side.detach() for side in teacher)
 
-    def of_block(rows: slice) -> Tensor:
-        divergence = F.kl_div(log_probs(student, rows), log_probs(teacher, rows), reduction="none", log_target=True)
-        return torch.where(positives[rows].any(dim=1), divergence.sum(dim=1), 0).sum()
+    def cost(rows: slice, logits: Tensor, scratch: Scratch) -> Tensor:
+        wanted, probs = scratch
+        torch.mm(its_scale * own_of_teacher[rows], others_of_teacher.t(), out=wanted)
+        for log_probs in (logits, wanted):
+            hide_columns_(log_probs, is_column)
+            log_probs -= log_probs.amax(dim=1, keepdim=True)
+            log_probs -= torch.exp(log_probs, out=probs).sum(dim=1, keepdim=True).log()
+        is_row = positives[rows].any(dim=1, keepdim=True)
+        torch.exp(wanted, out=probs)
+        costs = wanted.sub_(logits).mul_(probs).mul_(is_row).sum()
+        logits.exp_().sub_(probs).mul_(is_row)
+        return costs
 
-    return sum_over_blocks(of_block, *positives.shape)
+    return sum_over_blocks(cost, *student)

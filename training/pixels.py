@@ -1,13 +1,13 @@
 """Encoded pictures -> a batch's pixels; a picture that cannot be read leaves a grey row and no error.
 
-pixels, is_readable = to_batch([decode_pixels(encoded, 224), None], 224, None, generator)
+pixels, is_readable = to_batch([decode_pixels(encoded, 224), None], 2, 224, None, generator)
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,9 @@ from tuwen.image_transform import decode_drafted, resize_image
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 Picture = npt.NDArray[np.uint8]
 
-_GREY = 0.5
+_GREY = 128
+# Pictures in float32 at a time, while they are augmented. A constant: what is drawn for a picture depends on it.
+_AUGMENTED_TOGETHER = 128
 _KEPT, _UNREADABLE = 1, 2
 
 
@@ -36,19 +38,34 @@ def decode_pixels(encoded: bytes, resolution: int) -> Picture:
 
 
 def to_batch(
-    pictures: Sequence[Picture | None], resolution: int, augmentation: Augmentation | None, generator: torch.Generator
+    pictures: Iterable[Picture | None],
+    count: int,
+    resolution: int,
+    augmentation: Augmentation | None,
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Pixels float32 (b, 3, R, R) in [0, 1], augmented, and bool (b,): which of them were readable, so not None."""
-    is_readable = torch.tensor([picture is not None for picture in pictures])
-    rows = np.zeros((len(pictures), resolution, resolution, 3), np.uint8)
-    for row, picture in zip(rows, pictures, strict=True):
+    """Pixels uint8 (count, 3, R, R), augmented, and bool (count,): which of them were readable, so not None.
+
+    Args:
+        pictures: `count` of them, each taken when the one before is in its place, so that they exist once.
+    """
+    rows = np.full((count, resolution, resolution, 3), _GREY, np.uint8)
+    is_readable = torch.zeros(count, dtype=torch.bool)
+    for row, picture in enumerate(pictures):
         if picture is not None:
-            row[:] = picture
-    pixels = torch.from_numpy(rows).permute(0, 3, 1, 2).float().div_(255)
+            rows[row] = picture
+            is_readable[row] = True
+    pixels = torch.from_numpy(rows).permute(0, 3, 1, 2)
     if augmentation is not None:
-        pixels = augmentation(pixels, generator)
-    pixels[~is_readable] = _GREY
+        for some in pixels.split(_AUGMENTED_TOGETHER):
+            some.copy_(augmentation(as_floats(some), generator).mul(255).round_())
+        pixels[~is_readable] = _GREY
     return pixels, is_readable
+
+
+def as_floats(pixels: Tensor) -> Tensor:
+    """float32 in [0, 1] of uint8."""
+    return pixels.float().div_(255)
 
 
 class PictureMemory:

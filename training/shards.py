@@ -14,7 +14,7 @@ import logging
 import os
 import random
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -40,13 +40,12 @@ SHARDS_TOGETHER = 4
 
 @dataclass(frozen=True)
 class _Item:
-    """A pair as a batch has it; `picture` is uint8 (R, R, 3), None if it cannot be read."""
+    """A pair as a batch has it, but for its picture."""
 
     image_id: int
     image_key: int
     text_key: int
     input_ids: InputIds
-    picture: Picture | None
 
 
 class ShardBatches:
@@ -93,9 +92,16 @@ class ShardBatches:
         """This process's share of a global batch."""
         size = self.batch_size // self.num_processes
         first = number * self.batch_size + self.rank * size
-        items = [self._item(epoch, position) for position in range(first, first + size)]
+        items: list[_Item] = []
+
+        def pictures() -> Iterator[Picture | None]:
+            for position in range(first, first + size):
+                item, picture = self._item(epoch, position)
+                items.append(item)
+                yield picture
+
         generator = torch_generator(self.seed, epoch, number, self.rank)
-        pixels, is_readable = to_batch([item.picture for item in items], self.resolution, self.augmentation, generator)
+        pixels, is_readable = to_batch(pictures(), size, self.resolution, self.augmentation, generator)
         return Batch(
             epoch=epoch,
             number=number,
@@ -109,7 +115,8 @@ class ShardBatches:
             ),
         )
 
-    def _item(self, epoch: int, position: int) -> _Item:
+    def _item(self, epoch: int, position: int) -> tuple[_Item, Picture | None]:
+        """A pair, and its picture: uint8 (R, R, 3), or None if it cannot be read."""
         line = self._order.line(epoch, position)
         where = f"{line.path}: pair {line.number}"
         try:
@@ -117,18 +124,14 @@ class ShardBatches:
         except InvalidInput as error:
             self._warn(line.index, str(error))
             own_key = stable_hash("line", line.index)
-            return _Item(-1 - line.index, own_key, own_key, (CLS_ID, SEP_ID), None)
+            return _Item(-1 - line.index, own_key, own_key, (CLS_ID, SEP_ID)), None
         caption = caption_key(record.text)
         words = list(encode_caption(caption, self.data.context_length)[1:-1])
         # Seeded by the position in the epoch, so that it is the same whichever process has it.
         words = drop_words(words, self.data.drop_tokens, random.Random(f"{self.seed}/{epoch}/{position}"))
-        return _Item(
-            record.image_id,
-            stable_hash("image", record.image_id),
-            stable_hash(caption),
-            (CLS_ID, *words, SEP_ID),
-            self._pixels(record.encoded, line.index, f"{where}: picture {record.image_id}"),
-        )
+        image_id = record.image_id
+        item = _Item(image_id, stable_hash("image", image_id), stable_hash(caption), (CLS_ID, *words, SEP_ID))
+        return item, self._pixels(record.encoded, line.index, f"{where}: picture {image_id}")
 
     def _pixels(self, encoded: bytes, index: int, where: str) -> Picture | None:
         try:

@@ -90,7 +90,9 @@ def load_state(folder: Path, recipe: Recipe) -> State:
     """
     path = folder / _STATE
     if not path.is_file():
-        raise InvalidInput(f"{folder}: no state of a run, {_STATE} is missing")
+        raise InvalidInput(
+            f"{folder}: no state of a run, {_STATE} is missing; they lie in {_FOLDER}/{_PREFIX}... of its folder"
+        )
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:

@@ -56,7 +56,7 @@ class Step:
         """Update the weights; all processes call it together, each with its share."""
         self._optimizer.zero_grad(set_to_none=True)
         seed = torch_seed(self._recipe.run.seed, "step", batch.epoch, batch.number, self._world.rank)
-        chunks = chunks_of(batch, self._recipe.optim.chunk_size, self._world.device)
+        chunks = chunks_of(batch, self._recipe.optim.chunk_size)
         first = self._first_pass(chunks, seed)
         image_embeds, text_embeds = (torch.cat(parts).detach().requires_grad_() for parts in zip(*first, strict=True))
         losses, share = self._loss(image_embeds, text_embeds, batch)

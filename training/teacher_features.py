@@ -145,12 +145,12 @@ class _Contents:
         return digest.hexdigest()
 
     def pixels(self, image_id: int, resolution: int) -> Tensor | None:
-        """float32 (3, R, R) in [0, 1]; None if the picture is unreadable."""
+        """uint8 (3, R, R); None if the picture is unreadable."""
         try:
             image = decode_image(self.source_of[image_id].image_bytes(image_id))
         except InvalidInput:
             return None
-        return torch.tensor(resize_image(image, resolution)).permute(2, 0, 1).float() / 255
+        return torch.tensor(resize_image(image, resolution)).permute(2, 0, 1)
 
 
 def _begin(out: Path, description: Description) -> None:
@@ -205,7 +205,8 @@ class _Writer:
                 f"picture {unreadable} is unreadable, and data.max_corrupt is {self.contents.max_corrupt}; "
                 "what is embedded so far is kept"
             )
-        pixels = torch.stack(list(readable.values())) if readable else torch.zeros(0, 3, resolution, resolution)
+        none = torch.zeros(0, 3, resolution, resolution, dtype=torch.uint8)
+        pixels = torch.stack(list(readable.values())) if readable else none
         return list(readable), self.teacher.embed_images(pixels)
 
     def embed_texts(self, keys: Sequence[int]) -> tuple[list[int], Tensor]:

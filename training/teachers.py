@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.batch import Batch, InputIds
+from training.pixels import as_floats
 from tuwen.checkpoint import load_checkpoint
 from tuwen.errors import InvalidInput, MissingDependency
 from tuwen.fingerprint import model_fingerprint
@@ -78,7 +79,7 @@ class Encoder(Protocol):
 class ModelTeacher:
     """Computes its features at each step, of the pictures as the student sees them.
 
-    Its own resolution and normalisation: pixels in [0, 1] are resized bicubic, antialiased, if theirs differs.
+    Its own resolution and normalisation: pixels are resized bicubic, antialiased, if theirs differs.
     """
 
     def __init__(self, path: Path, device: torch.device, chunk_size: int = 0) -> None:
@@ -101,13 +102,13 @@ class ModelTeacher:
         return TeacherFeatures(images, texts, self.encoder.logit_scale)
 
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """float32 (n, Dt), unit length, of pixels (n, 3, R, R) in [0, 1] of any R."""
+        """float32 (n, Dt), unit length, of pixels uint8 (n, 3, R, R) of any R."""
         mean, std = (
             torch.tensor(values, device=self._device)[:, None, None] for values in (self.encoder.mean, self.encoder.std)
         )
 
         def encode(chunk: Tensor) -> Tensor:
-            resized = _resize(chunk.to(self._device), self.encoder.resolution)
+            resized = _resize(as_floats(chunk.to(self._device)), self.encoder.resolution)
             return self.encoder.encode_image((resized - mean) / std)
 
         return self._chunked(encode, pixels)

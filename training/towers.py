@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from training.batch import Batch, InputIds
 from training.distributed import World
+from training.pixels import as_floats
 from training.recipe import EngineSection
 from tuwen.errors import InvalidInput
 from tuwen.model import ChineseCLIP
@@ -37,30 +38,27 @@ _NO_TEXT: InputIds = (CLS_ID, SEP_ID)
 
 @dataclass(frozen=True)
 class Chunk:
-    """Part of a process's batch, on its device.
+    """Part of a process's batch, where the batch is.
 
     Attributes:
-        pixel_values: (c, 3, R, R), normalised.
+        pixels: uint8 (c, 3, R, R); float32 exists while the chunk is computed, and never of the whole batch.
         input_ids, offsets, longest: captions end to end, as ChineseCLIP.encode_packed_text takes them: nobody pays
             for padding.
         num_texts: captions that count.
     """
 
-    pixel_values: Tensor
+    pixels: Tensor
     input_ids: Tensor
     offsets: Tensor
     longest: Tensor
     num_texts: int
 
 
-def chunks_of(batch: Batch, size: int, device: torch.device) -> list[Chunk]:
+def chunks_of(batch: Batch, size: int) -> list[Chunk]:
     """The batch in chunks of at most `size` pictures (0: all), each with its part of the captions."""
     count = -(-len(batch.pixels) // (size or len(batch.pixels)))
-    pixels = normalize(batch.pixels.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
-    return [
-        _chunk(part, texts, device)
-        for part, texts in zip(pixels.tensor_split(count), _split(batch.texts, count), strict=True)
-    ]
+    parts = zip(batch.pixels.tensor_split(count), _split(batch.texts, count), strict=True)
+    return [_chunk(pixels, texts) for pixels, texts in parts]
 
 
 def _split(texts: Sequence[InputIds], count: int) -> list[Sequence[InputIds]]:
@@ -68,22 +66,22 @@ def _split(texts: Sequence[InputIds], count: int) -> list[Sequence[InputIds]]:
     return [texts[start:end] for start, end in pairwise(ends)]
 
 
-def _chunk(pixel_values: Tensor, texts: Sequence[InputIds], device: torch.device) -> Chunk:
+def _chunk(pixels: Tensor, texts: Sequence[InputIds]) -> Chunk:
     given = texts or (_NO_TEXT,)
     lengths = torch.tensor([0, *map(len, given)])
     return Chunk(
-        pixel_values,
-        torch.tensor([token for text in given for token in text]).to(device),
-        lengths.cumsum(0).int().to(device),
-        torch.empty(int(lengths.max()), device=device),
+        pixels,
+        torch.tensor([token for text in given for token in text]),
+        lengths.cumsum(0).int(),
+        torch.empty(int(lengths.max())),
         len(texts),
     )
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """pixel_values of float32 pixels (B, 3, R, R) in [0, 1]: CLIP's mean and std."""
+    """pixel_values of pixels uint8 (B, 3, R, R): CLIP's mean and std."""
     mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
-    return (pixels - mean) / std
+    return as_floats(pixels).sub_(mean).div_(std)
 
 
 class Towers(nn.Module):
@@ -96,10 +94,9 @@ class Towers(nn.Module):
         super().__init__()
         self.model, self.mask_ratio = model, mask_ratio
 
-    def forward(
-        self, pixel_values: Tensor, input_ids: Tensor, offsets: Tensor, longest: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """image_embeds (c, D) and text_embeds (t, D) of unit length."""
+    def forward(self, pixels: Tensor, input_ids: Tensor, offsets: Tensor, longest: Tensor) -> tuple[Tensor, Tensor]:
+        """image_embeds (c, D) and text_embeds (t, D) of unit length; the arguments are a `Chunk`'s."""
+        pixel_values = normalize(pixels)
         kept = self._patches_kept(len(pixel_values), pixel_values.device) if self.mask_ratio else None
         features = self.model.visual(pixel_values) if kept is None else self.model.visual(pixel_values, kept)
         text_embeds = self.model.encode_packed_text(input_ids, offsets, longest, normalize=True)
@@ -146,8 +143,10 @@ class Engine:
 
     def __call__(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """image_embeds (c, D) and text_embeds (t, D), float32."""
+        parts = (chunk.pixels, chunk.input_ids, chunk.offsets, chunk.longest)
+        arguments = (part.to(self.world.device, non_blocking=True) for part in parts)
         with torch.autocast(self.world.device.type, self._dtype, enabled=self._dtype is not torch.float32):
-            image_embeds, text_embeds = self._run(chunk.pixel_values, chunk.input_ids, chunk.offsets, chunk.longest)
+            image_embeds, text_embeds = self._run(*arguments)
         return image_embeds.float(), text_embeds[: chunk.num_texts].float()
 
     @contextmanager

@@ -29,7 +29,7 @@ from training.loader import Loader, open_batches
 from training.metrics import StepRecord, ValidationRecord
 from training.model_card import RunSummary, render_model_card
 from training.optim import Ema, build_optimizer, learning_rate, set_learning_rate
-from training.recipe import Recipe
+from training.recipe import AugmentSection, Recipe
 from training.state import (
     State,
     load_state,
@@ -120,12 +120,18 @@ class Run:
             recipe.run.seed,
             world.rank,
             world.size,
-            partial(_augmented, recipe),
+            partial(_augmented, recipe) if recipe.augment != AugmentSection() else None,
         )
         self._valid_pairs = open_pairs(recipe.valid_path, recipe.valid.split) if recipe.valid_path else None
         self._classes = open_zero_shot(recipe.valid.zero_shot) if recipe.valid.zero_shot else None
         self._build()
         self.num_steps = recipe.optim.max_steps or (recipe.optim.epochs or 0) * len(self._batches)
+        if recipe.optim.warmup_steps >= self.num_steps and world.is_first:
+            log.warning(
+                "optim.warmup_steps is %d and the run has %d steps: the learning rate never reaches optim.lr",
+                recipe.optim.warmup_steps,
+                self.num_steps,
+            )
         self.step, self._trained_s = 0, 0.0
         self._losses: deque[float] = deque(maxlen=_RECENT)
         self._rates: deque[float] = deque(maxlen=_RECENT)

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from tuwen.search import BLOCK_SCORES, best_scores_of, count_better
+
 FloatArray = npt.NDArray[np.floating]
 BoolArray = npt.NDArray[np.bool_]
-# Similarities held at a time, whatever the sets' sizes: with what ranking them needs, about 13 bytes each.
-BLOCK_SCORES = 1 << 24
 
 
 def first_relevant_rank(scores: FloatArray, relevant: BoolArray) -> npt.NDArray[np.int64]:
@@ -40,24 +40,22 @@ def first_relevant_rank(scores: FloatArray, relevant: BoolArray) -> npt.NDArray[
 def first_relevant_ranks(
     query_embeds: FloatArray, item_embeds: FloatArray, relevant: Sequence[Sequence[int]], max_scores: int = BLOCK_SCORES
 ) -> npt.NDArray[np.int64]:
-    """`first_relevant_rank` by dot products, a block of queries at a time: memory does not grow with Q * N.
+    """`first_relevant_rank` by dot products, in blocks of queries and items: memory does not grow with Q * N.
+
+    Exact as `tuwen.search` is: equal vectors tie.
 
     Args:
         query_embeds: (Q, D).
-        item_embeds: (N, D).
+        item_embeds: (N, D), a memory map too.
         relevant: for each query the indices of its relevant items.
         max_scores: of a block.
     """
-    num_items = len(item_embeds)
-    rows = max(1, max_scores // max(1, num_items))
-    ranks = np.full(len(query_embeds), num_items, np.int64)
-    for start in range(0, len(query_embeds), rows):
-        scores = query_embeds[start : start + rows] @ item_embeds.T
-        of_block = np.zeros(scores.shape, np.bool_)
-        for row, items in enumerate(relevant[start : start + rows]):
-            of_block[row, list(items)] = True
-        ranks[start : start + rows] = first_relevant_rank(scores, of_block)
-    return ranks
+    lengths = [len(items) for items in relevant]
+    query_rows = np.repeat(np.arange(len(relevant)), lengths)
+    item_rows = np.fromiter((item for items in relevant for item in items), np.int64, sum(lengths))
+    scores, best = best_scores_of(query_embeds, item_embeds, query_rows, item_rows)
+    ranks = count_better(query_embeds, item_embeds, scores, best, max_scores)
+    return np.where(best < 0, len(item_embeds), ranks)
 
 
 def recall_at_k(scores: FloatArray, relevant: BoolArray, k: int) -> float:

@@ -57,7 +57,7 @@ def small_model(dropout: float = 0.0, kind: str = "vit") -> ChineseCLIP:
 def global_batch(world: World, resolution: int = 32) -> Batch:
     """A process's share: captions that several pictures share, of several lengths, and a picture that is unreadable."""
     generator = torch.Generator().manual_seed(1)
-    pixels = torch.rand(NUM_IMAGES, 3, resolution, resolution, generator=generator)
+    pixels = torch.randint(256, (NUM_IMAGES, 3, resolution, resolution), generator=generator, dtype=torch.uint8)
     texts = [(101, *range(200 + 9 * index, 201 + 9 * index + index % 5), 102) for index in range(NUM_TEXTS)]
     positives = torch.zeros(NUM_IMAGES, NUM_TEXTS, dtype=torch.bool)
     for index in range(NUM_TEXTS):

@@ -29,13 +29,13 @@ RESOLUTION = 32
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def add_noise(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    return pixels + torch.rand(pixels.shape, generator=generator)
+def noise(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.rand(pixels.shape, generator=generator)
 
 
 def loader_of(pairs: MemoryPairs, batch_size: int = 6, start: Position = (0, 0), **settings: object) -> Loader:
     data = DataSection.model_validate({"path": "unused"} | settings)
-    batches = IndexedBatches([WeightedPairs(pairs)], data, RESOLUTION, batch_size, seed=0, augmentation=add_noise)
+    batches = IndexedBatches([WeightedPairs(pairs)], data, RESOLUTION, batch_size, seed=0, augmentation=noise)
     return Loader(batches, data, start)
 
 
@@ -194,7 +194,7 @@ def test_a_worker_obeys_its_parents_signal() -> None:
 
 
 def thread_count(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.full_like(pixels, torch.get_num_threads())
+    return torch.full_like(pixels, torch.get_num_threads() / 255)
 
 
 def test_workers_have_one_thread_and_leave_the_global_generator_alone() -> None:

@@ -239,6 +239,9 @@ def test_the_bias_is_learned() -> None:
     sigmoid_rows(*world(torch.eye(6).bool(), scale=1.0).share(0, 1), head.bias).backward()
     assert head.bias.grad is not None
     assert head.bias.grad > 0
+    given = world(unreadable=UNREADABLE, dtype=torch.float64)
+    bias = torch.tensor(BIAS, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda bias: sigmoid_rows(*given.share(0, 2), bias), (bias,))
 
 
 @pytest.mark.parametrize("num_processes", [1, 3])

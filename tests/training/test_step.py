@@ -14,7 +14,7 @@ from tests.training.one_step import Outcome, global_batch, recipe_of, small_mode
 from training.distributed import World
 from training.feature_loss import FeatureLoss
 from training.order import torch_seed
-from training.towers import Towers, chunks_of
+from training.towers import Towers, chunks_of, normalize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,8 +43,8 @@ def assert_equal(found: Outcome, expected: Outcome) -> None:
 def test_the_ordinary_pass_is_autograds(whole: Outcome) -> None:
     """The reference itself, against a loss that autograd goes through from end to end."""
     model, batch = small_model(), global_batch(ALONE)
-    (chunk,) = chunks_of(batch, 0, ALONE.device)
-    embeds = Towers(model)(chunk.pixel_values, chunk.input_ids, chunk.offsets, chunk.longest)
+    (chunk,) = chunks_of(batch, 0)
+    embeds = Towers(model)(chunk.pixels, chunk.input_ids, chunk.offsets, chunk.longest)
     losses, share = FeatureLoss(recipe_of([]), ALONE, model)(*embeds, batch)
     share.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -65,9 +65,9 @@ def test_both_passes_draw_the_same_dropout_and_the_same_masks() -> None:
     model, batch = small_model(dropout=0.5), global_batch(ALONE)
     towers, seed = Towers(model, 0.5), torch_seed(recipe.run.seed, "step", 0, 0, 0)
     parts = []
-    for number, chunk in enumerate(chunks_of(batch, 3, ALONE.device)):
+    for number, chunk in enumerate(chunks_of(batch, 3)):
         torch.manual_seed(torch_seed(seed, number))
-        parts.append(towers(chunk.pixel_values, chunk.input_ids, chunk.offsets, chunk.longest))
+        parts.append(towers(chunk.pixels, chunk.input_ids, chunk.offsets, chunk.longest))
     losses, share = FeatureLoss(recipe, ALONE, model)(*map(torch.cat, zip(*parts, strict=True)), batch)
     share.backward()
     assert losses.total == pytest.approx(found.loss)
@@ -90,8 +90,8 @@ def test_a_pass_that_is_repeated_counts_once_in_batch_norms() -> None:
     norm, batch = model.visual.bn1, global_batch(ALONE, resolution=64)
     outputs = []
     expected = norm.running_mean.clone()
-    for chunk in chunks_of(batch, 2, ALONE.device):
-        mean = model.visual.conv1(chunk.pixel_values).mean(dim=(0, 2, 3)).detach()
+    for chunk in chunks_of(batch, 2):
+        mean = model.visual.conv1(normalize(chunk.pixels)).mean(dim=(0, 2, 3)).detach()
         expected = 0.9 * expected + 0.1 * mean
         outputs.append(mean)
     take(recipe_of(["optim.chunk_size=2"]), ALONE, model, resolution=64)

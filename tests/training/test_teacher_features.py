@@ -68,7 +68,7 @@ def batch_of(image_ids: list[int], texts: list[str], unreadable: tuple[int, ...]
         epoch=0,
         number=0,
         image_ids=tuple(image_ids),
-        pixels=torch.rand(len(image_ids), 3, 32, 32),
+        pixels=torch.randint(256, (len(image_ids), 3, 32, 32), dtype=torch.uint8),
         is_readable=torch.tensor([image_id not in unreadable for image_id in image_ids]),
         texts=tuple(map(ids_of, texts)),
         positives=Positives(is_positive, is_positive.t()),

@@ -36,9 +36,9 @@ def ids_of(text: str) -> InputIds:
 
 
 def pixels_of(encoded: bytes, resolution: int) -> Tensor:
-    """float32 (3, R, R) in [0, 1]."""
+    """uint8 (3, R, R)."""
     image = Image.open(io.BytesIO(encoded)).convert("RGB").resize((resolution, resolution), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def batch_of(resolution: int) -> Batch:
@@ -170,7 +170,7 @@ def test_a_hugging_face_folder_is_a_teacher(tmp_path: Path, kind: str, width: in
     input_ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
     mask = (torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]).long()
     with torch.no_grad():
-        images = pooled(model.get_image_features(pixel_values=(batch.pixels - mean) / std))  # type: ignore[operator]
+        images = pooled(model.get_image_features(pixel_values=(batch.pixels / 255 - mean) / std))  # type: ignore[operator]
         texts = pooled(
             model.get_text_features(  # type: ignore[operator]
                 input_ids=input_ids, attention_mask=None if kind == "siglip" else mask

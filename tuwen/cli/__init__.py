@@ -16,6 +16,8 @@ from tuwen.cli.answers import calibrate, classifier_app
 from tuwen.cli.bench import bench_app
 from tuwen.cli.console import stderr
 from tuwen.cli.data import data_app
+from tuwen.cli.eval_files import add_file_commands
+from tuwen.cli.eval_zero_shot import eval_zero_shot
 from tuwen.cli.evaluation import eval_app
 from tuwen.cli.features import features
 from tuwen.cli.model import build, render
@@ -31,6 +33,8 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.command()(train)
+eval_app.command("zero-shot")(eval_zero_shot)
+add_file_commands(eval_app)
 app.add_typer(eval_app, name="eval")
 app.add_typer(classifier_app, name="classifier")
 app.add_typer(bench_app, name="bench")

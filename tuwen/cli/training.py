@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,12 +37,14 @@ def train(
     loaded = load_recipe(recipe, overrides or ())
     if processes > 1:
         raise typer.Exit(_run_processes(processes, recipe, overrides or [], resume))
+    is_first = int(os.environ.get("RANK", "0")) == 0
     try:
         out = run_training(loaded, _resume(resume), _watch)
     except Stopped as stopped:  # as asked: no failure
-        stderr.print(str(stopped), soft_wrap=True)
+        if is_first:
+            stderr.print(str(stopped), soft_wrap=True)
         return
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first:
         stdout.print(out)
 
 
@@ -73,7 +76,11 @@ def _run_processes(count: int, recipe: Path, overrides: list[str], resume: str) 
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     settings = [part for override in overrides for part in ("--set", override)]
     command = [*launcher, "-m", "training", str(recipe), *settings, "--resume", resume]
-    return subprocess.run(command, env=environment, check=False).returncode
+    with subprocess.Popen(command, env=environment) as torchrun:
+        # Ctrl-C reaches torchrun from the terminal, SIGTERM through here; either way it is waited for while it saves.
+        signal.signal(signal.SIGINT, lambda number, frame: None)
+        signal.signal(signal.SIGTERM, lambda number, frame: torchrun.terminate())
+        return torchrun.wait()
 
 
 def teacher_features(

@@ -69,15 +69,20 @@ def open_pairs(path: Path, split: str) -> PairSet:
     """
     from tuwen.data.lmdb import LmdbPairs
 
-    for candidate in (path / split, path / "lmdb" / split):
-        if (candidate / "pairs").is_dir() and (candidate / "imgs").is_dir():
-            return LmdbPairs(candidate)
+    if packed := lmdb_folder(path, split):
+        return LmdbPairs(packed)
     if tsv_path(path, split).is_file():
         return TsvPairs(path, split)
     if not path.is_dir():
         raise InvalidInput(f"{path}: there is no such folder of pairs")
     found = ", ".join(sorted(splits_in(path))) or "none"
     raise InvalidInput(f"{path}: no split {split!r} as LMDB or as {tsv_path(path, split).name}; splits there: {found}")
+
+
+def lmdb_folder(path: Path, split: str) -> Path | None:
+    """Where the LMDB of a split lies below `path`, if there is one."""
+    candidates = (path / split, path / "lmdb" / split)
+    return next((one for one in candidates if (one / "pairs").is_dir() and (one / "imgs").is_dir()), None)
 
 
 def splits_in(path: Path) -> set[str]:

@@ -17,10 +17,9 @@ from tuwen.data.pairs import (
     ImageRecord,
     TextRecord,
     jsonl_path,
+    lmdb_folder,
     open_pairs,
-    splits_in,
     tsv_path,
-    tsv_splits,
     write_images,
     write_texts,
 )
@@ -77,7 +76,7 @@ def _check_names(data_dir: Path, split: str, into: tuple[str, str]) -> None:
     for name in into:
         if not name or Path(name).name != name or name.startswith("."):
             raise InvalidInput(f"{name!r} is no name for a split")
-        if name in splits_in(data_dir) - set(tsv_splits(data_dir)):
+        if lmdb_folder(data_dir, name):
             raise InvalidInput(f"{data_dir}: {name!r} is there as an LMDB, which would be read in place of the new one")
     if len({split, *into}) < 3:
         raise InvalidInput(f"{split!r} cannot be parted into {into[0]!r} and {into[1]!r}: expected three names")
