@@ -89,6 +89,7 @@ def parts_by_ray(choice: EngineChoice, num_workers: int | None = None) -> EmbedP
 def _connected() -> Iterator[ModuleType]:
     """Ray with ray.data, connected to RAY_ADDRESS or started here, and let go of afterwards."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its servers log to this process's stderr
     try:
         import ray
         import ray.data
