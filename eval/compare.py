@@ -46,7 +46,8 @@ class CosineSpread:
         if one.shape != other.shape:
             raise InvalidInput(f"embeddings are {one.shape} and {other.shape}: these are two different models")
         a, b = one.astype(np.float64), other.astype(np.float64)
-        cosines = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+        with np.errstate(invalid="ignore"):  # an embedding of length 0 has no direction: NaN, which agrees with nothing
+            cosines = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
         least, p1, p5, median = map(float, np.percentile(cosines, (0, 1, 5, 50)))
         return cls(least, p1, p5, median, float(cosines.mean()))
 
@@ -84,13 +85,14 @@ class Comparison:
 
     @property
     def min_cosine(self) -> float:
-        return min(self.image_cosine.min, self.text_cosine.min)
+        # Not min(), which passes over a NaN.
+        return float(np.min([self.image_cosine.min, self.text_cosine.min]))
 
     @property
     def max_recall_difference(self) -> float:
         """The largest change of a recall@k, up or down."""
         ways = (self.text_to_image, self.image_to_text)
-        return max(abs(way.differences[metric]) for way in ways for metric in ("r1", "r5", "r10"))
+        return float(np.max([abs(way.differences[metric]) for way in ways for metric in ("r1", "r5", "r10")]))
 
     def of(self, direction: Direction) -> DirectionDifference:
         return self.text_to_image if direction == "text_to_image" else self.image_to_text
@@ -139,7 +141,7 @@ def check_agreement(
             f"a recall differs by {comparison.max_recall_difference:.4f}, expected at most {max_recall_difference:g}"
         )
     if found:
-        raise EnginesDiffer(f"{comparison.one.engine} and {comparison.other.engine} differ: {'; '.join(found)}")
+        raise EnginesDiffer(f"the two engines differ: {'; '.join(found)}")
 
 
 def _direction_difference(

@@ -117,7 +117,7 @@ def _new_figure(width: float, height: float) -> Figure:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingDependency("a report needs matplotlib: pip install 'tuwen[bench]'") from error
+        raise MissingDependency("a report needs matplotlib: pip install 'tuwen[eval]'") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

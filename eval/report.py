@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eval.figures import confusion_figure, recall_figure
+from eval.published import PublishedRecall
 from eval.retrieval import DIRECTIONS, Direction, DirectionScores, EmbeddedPairs, RetrievalResult
 from eval.worst import Found, Miss, worst_misses
 from tuwen.data.pairs import PairSet
@@ -23,8 +24,8 @@ from tuwen.errors import InvalidInput
 from tuwen.files import write_text
 from tuwen.image_transform import decode_image
 
-# Name of a row -> "text_to_image" or "image_to_text" -> recall@1, @5, @10 as fractions.
-PublishedRecalls = Mapping[str, Mapping[str, Sequence[float]]]
+# Name of a row -> direction -> figures; see `eval.retrieval.published_beside`.
+PublishedRecalls = Mapping[str, Mapping[Direction, PublishedRecall]]
 
 DEFAULT_MISSES = 24  # of each direction: what a person looks through
 _THUMBNAIL_SIDE = 128
@@ -121,7 +122,7 @@ def _scores_table(result: RetrievalResult, published: PublishedRecalls) -> str:
         for name, recalls in published.items():
             if direction in recalls:
                 found = recalls[direction]
-                percents = [f"{value:.1%}" for value in (*found, sum(found) / len(found))]
+                percents = [f"{value:.1%}" for value in (found.r1, found.r5, found.r10, found.mean_recall)]
                 rows.append([f"{_NAMES[direction]}, {name}", *percents, "", "", ""])
     return _table(header, rows)
 
@@ -180,8 +181,9 @@ class _Thumbnails:
         """An <img> of the picture at that index; its id shows when the mouse rests on it."""
         if index not in self._made:
             self._made[index] = thumbnail_uri(self._pairs.image_bytes(self._image_ids[index]))
-        name = f"picture {self._image_ids[index]}"
-        return f'<img src="{self._made[index]}" alt="{name}" title="{name}" loading="lazy">'
+        name, uri = f"picture {self._image_ids[index]}", self._made[index]
+        source = f'src="{uri}" ' if uri else ""
+        return f'<img {source}alt="{name}" title="{name}" loading="lazy">'
 
 
 def thumbnail_uri(encoded: bytes) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from eval.engine import Engine, EngineKind, Row, Unusable
+from eval.published import PublishedRecall, load_published, published_model
 from tuwen.data.pairs import PairSet
 from tuwen.embed import RECALL_KS, RetrievalSet
 from tuwen.errors import InvalidInput
@@ -196,6 +198,24 @@ def score_stored(
     text_ids = [record.text_id for record in pairs.texts if record.image_ids]  # as RetrievalSet chooses them
     embedded = EmbeddedPairs(chosen, _picked("picture", chosen.image_ids, *images), _picked("text", text_ids, *texts))
     return _result(embedded, "features", model, fingerprint, data, split), embedded
+
+
+def published_beside(result: RetrievalResult) -> dict[str, dict[Direction, PublishedRecall]]:
+    """Published rows that ours may be held beside: name of the row -> direction -> figures.
+
+    Empty unless the model has a published architecture and the data folder is named for a published set, such as MUGE,
+    Flickr30k-CN or COCO-CN, and the split is the one they used.
+    """
+    found: dict[str, dict[Direction, PublishedRecall]] = {}
+    for one in load_published().retrieval:
+        is_this_set = _plain(one.data) == _plain(Path(result.data).resolve().name) and one.split == result.split
+        if is_this_set and one.model == published_model(result.architecture):
+            found.setdefault(f"published, {one.setup.replace('_', '-')}", {})[one.direction] = one
+    return found
+
+
+def _plain(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower()))
 
 
 def _result(

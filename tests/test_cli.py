@@ -86,6 +86,7 @@ def test_help_lists_the_commands() -> None:
         "data shards",
         "data check",
         "eval retrieval",
+        "eval compare",
         "bench run",
         "bench compare",
         "bench towers",
@@ -122,6 +123,9 @@ def test_an_error_is_one_line_on_stderr(tmp_path: Path) -> None:
     ("arguments", "reason"),
     [
         ("eval retrieval --checkpoint nowhere --data nowhere", "nowhere: there is no such checkpoint"),
+        ("eval retrieval --engine onnx --repository nowhere --data x", "nowhere: no built model in it; `tuwen build"),
+        ("eval compare torch:nowhere onnx:nowhere --data nowhere", "nowhere: there is no such checkpoint"),
+        ("eval compare here there --data nowhere", "engine 'here': expected torch:CHECKPOINT, onnx:REPOSITORY"),
         ("build --checkpoint nowhere --repository served", "nowhere: there is no such checkpoint"),
         ("build --checkpoint nowhere --repository served --version 0", "version 0: expected 1 or more"),
         ("render --check --repository nowhere", "nowhere: tokenize_text/config.pbtxt, "),
@@ -214,6 +218,21 @@ def test_without_json_the_figures_are_a_table(evaluable: list[str]) -> None:
     assert ended.returncode == 0, ended.stderr
     rows = [line for line in ended.stdout.splitlines() if "text to image" in line or "image to text" in line]
     assert [row.count("%") for row in rows] == [4, 4]
+
+
+def test_a_server_that_is_not_there_ends_an_evaluation(evaluable: list[str], in_process: Main) -> None:
+    """With the client's sentence."""
+    status, out, err = in_process("eval", "retrieval", "--engine", "triton", "--url", "127.0.0.1:1", *evaluable[-2:])
+    assert (status, out) == (1, "")
+    assert err.startswith("error: no server answers")
+
+
+def test_a_report_is_written_beside_the_figures(evaluable: list[str], tmp_path: Path, in_process: Main) -> None:
+    """stdout stays the result."""
+    status, out, err = in_process(*evaluable, "--json", "--report", str(tmp_path / "report.html"))
+    assert (status, json.loads(out)["engine"]) == (0, "torch")
+    assert "report.html shows the worst retrievals" in err
+    assert "<title>Retrieval: Small-ViT" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_broken_picture_ends_an_evaluation_with_its_id(evaluable: list[str], in_process: Main) -> None:

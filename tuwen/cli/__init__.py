@@ -18,6 +18,7 @@ from tuwen.cli.console import stderr
 from tuwen.cli.data import data_app
 from tuwen.cli.eval_zero_shot import eval_zero_shot
 from tuwen.cli.evaluation import eval_app
+from tuwen.cli.features import features
 from tuwen.cli.model import build, render
 from tuwen.cli.search import search
 from tuwen.cli.serving import serve
@@ -35,7 +36,7 @@ eval_app.command("zero-shot")(eval_zero_shot)
 app.add_typer(eval_app, name="eval")
 app.add_typer(classifier_app, name="classifier")
 app.add_typer(bench_app, name="bench")
-for command in (teacher_features, build, render, serve, search, calibrate):
+for command in (teacher_features, features, build, render, serve, search, calibrate):
     app.command()(command)
 
 

@@ -9,7 +9,17 @@ from typing import Annotated, Protocol
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 # No emoji codes: ":smile:" in a caption or an error stays what it is.
 stdout, stderr = Console(emoji=False), Console(stderr=True, emoji=False, highlight=False)
@@ -28,11 +38,19 @@ class ProgressHook(Protocol):
     def __call__(self, done: int, total: int, what: str = "") -> None: ...
 
 
+class _RateColumn(ProgressColumn):
+    """How many a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.3g}/s" if task.speed and task.speed < 1000 else f"{task.speed or 0:.0f}/s")
+
+
 @contextmanager
 def progress_bar(description: str) -> Iterator[ProgressHook]:
     """A bar on stderr; call what is yielded with (done, total, what is going on); a total of 0 means unknown."""
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _RateColumn(),
+        TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         task = progress.add_task(description, total=None)

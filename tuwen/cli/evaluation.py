@@ -24,13 +24,14 @@ from tuwen.cli.engine_options import (
 
 if TYPE_CHECKING:
     from eval.compare import Comparison, CosineSpread
-    from eval.retrieval import EmbeddedPairs, RetrievalResult
+    from eval.published import PublishedRecall
+    from eval.retrieval import Direction, DirectionScores, EmbeddedPairs, RetrievalResult
     from tuwen.data.pairs import PairSet
 
 eval_app = typer.Typer(help="Measure a checkpoint, its ONNX files or a live server.", no_args_is_help=True)
 
 Split = Annotated[str, typer.Option("--split", help="Which split of the data.")]
-_WAYS = ("text_to_image", "image_to_text")
+_WAYS: dict[str, Direction] = {"text to image": "text_to_image", "image to text": "image_to_text"}
 
 
 @eval_app.command("retrieval")
@@ -45,6 +46,10 @@ def eval_retrieval(
     model_version: ModelVersion = None,
     url: Url = "localhost:8001",
     tls_ca: Authority = None,
+    features: Annotated[
+        Path | None,
+        typer.Option("--features", help="Score what `tuwen features` wrote to this folder; nothing is embedded."),
+    ] = None,
     report_path: Annotated[
         Path | None, typer.Option("--report", help="Write an HTML report with the worst retrievals to this file.")
     ] = None,
@@ -55,6 +60,12 @@ def eval_retrieval(
     from eval.retrieval import evaluate_retrieval
     from tuwen.data.pairs import open_pairs
 
+    if features is not None:
+        from eval.stored_features import score_features
+
+        pairs = open_pairs(data, split)
+        _show(*score_features(features, pairs, str(data), split), pairs, report_path, as_json)
+        return
     if engine is EngineName.torch and checkpoint is None:
         raise typer.BadParameter("--engine torch needs --checkpoint")
     place = {"checkpoint": checkpoint, "repository": repository, "model": model, "version": model_version, "url": url}
@@ -114,45 +125,67 @@ def eval_compare(
 def _show(
     result: RetrievalResult, embedded: EmbeddedPairs, pairs: PairSet, report_path: Path | None, as_json: bool
 ) -> None:
+    from eval.retrieval import published_beside
+
+    published = published_beside(result)
     if report_path is not None:
         from eval.report import write_retrieval_report
 
         with stderr.status("drawing the report"):
-            write_retrieval_report(report_path, result, embedded, pairs)
+            write_retrieval_report(report_path, result, embedded, pairs, published)
         stderr.print(f"{report_path} shows the worst retrievals", soft_wrap=True)
     if as_json:
         print(json.dumps(result.to_json(), ensure_ascii=False))
         return
     title = f"{result.architecture} on {result.data} ({result.split}, {result.num_images} pictures)"
-    table = Table(title=escape(title))
-    for column in ("", "R@1", "R@5", "R@10", "mean", "median rank", "mean rank", "queries"):
-        table.add_column(column, justify="right" if column else "left")
-    for way, scores in zip(_WAYS, (result.text_to_image, result.image_to_text), strict=True):
-        percents = (f"{value:.1%}" for value in (scores.r1, scores.r5, scores.r10, scores.mean_recall))
+    table = _table(escape(title), "R@1", "R@5", "R@10", "mean", "median rank", "mean rank", "queries")
+    for name, way in _WAYS.items():
+        scores = getattr(result, way)
         ranks = (f"{scores.median_rank:g}", f"{scores.mean_rank:.1f}")
-        table.add_row(way.replace("_", " "), *percents, *ranks, str(scores.num_queries))
+        table.add_row(name, *_percents(scores), *ranks, str(scores.num_queries))
+        for row, recalls in published.items():
+            if way in recalls:
+                table.add_row(f"[dim]{row}[/dim]", *_percents(recalls[way]))
     stdout.print(table)
 
 
 def _print_comparison(comparison: Comparison, one: str, other: str) -> None:
-    cosines = Table(title=escape(f"Cosine of {one} with {other}"))
-    for column in ("", "worst", "1 %", "5 %", "median", "mean"):
-        cosines.add_column(column, justify="right" if column else "left")
+    stdout.print(escape(f"first   {one}\nsecond  {other}"), soft_wrap=True, highlight=False)
+    cosines = _table("cosine of the first's embeddings with the second's", "worst", "1 %", "5 %", "median", "mean")
     cosines.add_row("pictures", *_spread(comparison.image_cosine))
     cosines.add_row("texts", *_spread(comparison.text_cosine))
     stdout.print(cosines)
-    answers = Table(title="Answers")
-    for column in ("", "R@1", "R@5", "R@10", "mean rank", "same top 1", "same top 10", "same rank"):
-        answers.add_column(column, justify="right" if column else "left")
-    for way, first, second, difference in (
-        ("text to image", comparison.one.text_to_image, comparison.other.text_to_image, comparison.text_to_image),
-        ("image to text", comparison.one.image_to_text, comparison.other.image_to_text, comparison.image_to_text),
-    ):
-        agreement = (difference.same_top_1, difference.same_top_10, difference.same_rank)
-        for name, scores, more in ((one, first, ("", "", "")), (other, second, tuple(f"{x:.2%}" for x in agreement))):
-            figures = (f"{scores.r1:.2%}", f"{scores.r5:.2%}", f"{scores.r10:.2%}", f"{scores.mean_rank:.2f}")
-            answers.add_row(escape(f"{way}, {name}"), *figures, *more)
+    answers = _table("answers", "first", "second", "difference")
+    for name, way in _WAYS.items():
+        answers.add_section()
+        first, second, difference = (getattr(each, way) for each in (comparison.one, comparison.other, comparison))
+        change = difference.differences
+        for metric, label in (("r1", "R@1"), ("r5", "R@5"), ("r10", "R@10"), ("mean_recall", "mean recall")):
+            values = (f"{getattr(each, metric):.2%}" for each in (first, second))
+            answers.add_row(f"{name}, {label}", *values, f"{100 * change[metric]:+.2f}")
+        ranks = (f"{each.mean_rank:.2f}" for each in (first, second))
+        answers.add_row(f"{name}, mean rank", *ranks, f"{change['mean_rank']:+.2f}")
+        same = (
+            ("best of all", difference.same_top_1),
+            ("ten best", difference.same_top_10),
+            ("rank of the right one", difference.same_rank),
+        )
+        for label, share in same:
+            answers.add_row(f"{name}, same {label}", "", f"{share:.2%}", "")
     stdout.print(answers)
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A column of words, then figures."""
+    table = Table(title=title)
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _percents(scores: DirectionScores | PublishedRecall) -> list[str]:
+    return [f"{value:.1%}" for value in (scores.r1, scores.r5, scores.r10, scores.mean_recall)]
 
 
 def _spread(cosines: CosineSpread) -> list[str]:

@@ -94,7 +94,7 @@ def ensure_index(shard: Path) -> int:
     path = index_path(shard)
     try:
         if not _is_fresh(path, shard):
-            offsets = _line_offsets(shard)
+            offsets = line_offsets(shard)
             with atomic_file(path) as file:
                 file.write(offsets.astype(_OFFSET).tobytes())
         return path.stat().st_size // _OFFSET.itemsize - 1
@@ -119,8 +119,11 @@ def _is_fresh(path: Path, shard: Path) -> bool:
         return int.from_bytes(file.read(size), "little", signed=True) == expected.st_size
 
 
-def _line_offsets(shard: Path) -> Offsets:
-    """Reads the file once, a block at a time. A blank line is none, so that one at the end does no harm."""
+def line_offsets(shard: Path) -> Offsets:
+    """int64 (lines + 1,), as `read_index`: reads the file once, a block at a time.
+
+    A blank line is none, so that one at the end does no harm.
+    """
     starts, position, previous = array("q"), 0, 0
     with open(shard, "rb") as file:
         while block := file.read(_BLOCK_BYTES):
