@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eval.chinese_clip_files import TEXT_TO_IMAGE, Features, read_annotations, reverse
-from eval.stored_features import demand_one_model, read_stored
+from eval.read_features import demand_one_model, read_stored
 from tuwen.errors import InvalidInput
 from tuwen.files import write_text
 from tuwen.retrieval import first_relevant_ranks, recalls_of_ranks

@@ -27,7 +27,7 @@ from eval.chinese_clip_files import (
     write_answers,
 )
 from eval.faiss_search import FaissIndex
-from eval.stored_features import demand_one_model, iter_stored, read_stored
+from eval.read_features import demand_one_model, iter_stored, read_stored
 from tuwen.errors import InvalidInput
 from tuwen.files import write_text
 from tuwen.search import top_k
