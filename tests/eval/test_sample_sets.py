@@ -86,7 +86,7 @@ def test_a_set_without_groups_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("one_thread")
 def test_the_sample_checkpoint_tells_flags_from_faces(tmp_path: Path) -> None:
-    """Of a style it never saw, by names it was not trained with: far above the one half of chance."""
+    """Pictures of the held-out style; 旗帜 is a caption it was trained with, 笑脸与情感 is not. Chance is one half."""
     source = some_emoji(tmp_path / "emoji", {"smileys-emotion": 40, "flags": 40})
     write_emoji_groups(tmp_path / "emoji-groups", source)
     data, task = read_class_folders(tmp_path / "emoji-groups"), find_task("emoji-groups")
