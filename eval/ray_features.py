@@ -90,13 +90,16 @@ def parts_by_ray(choice: EngineChoice, num_workers: int | None = None) -> EmbedP
 def _connected() -> Iterator[ModuleType]:
     """Ray with ray.data, connected to RAY_ADDRESS or started here, and let go of afterwards."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its servers log to this process's stderr
     try:
         import ray
         import ray.data
     except ImportError as error:
         raise MissingDependency(f"--engine ray needs Ray Data ({error}): pip install 'tuwen[ray]'") from None
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
+    try:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:  # as it does where nothing answers, or another Ray
+        reason = str(error).strip().splitlines()[0]
+        raise InvalidInput(f"--engine ray: RAY_ADDRESS is {os.environ.get('RAY_ADDRESS')!r}: {reason}") from error
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours is shown
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
