@@ -12,7 +12,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from eval.chinese_clip_files import TEXT_TO_IMAGE, Features, read_annotations, read_features, reverse
+from eval.chinese_clip_files import TEXT_TO_IMAGE, Features, read_annotations, reverse
+from eval.read_features import demand_one_model, read_stored
 from tuwen.errors import InvalidInput
 from tuwen.files import write_text
 from tuwen.retrieval import first_relevant_ranks, recalls_of_ranks
@@ -33,7 +34,8 @@ def evaluate_features(
     images_of_text = {text: items for text, items in read_annotations(annotations, TEXT_TO_IMAGE).items() if items}
     if not images_of_text:
         raise InvalidInput(f"{annotations}: no query has an answer, as in a test split; there is nothing to score")
-    images, texts = read_features(image_features, "image"), read_features(text_features, "text")
+    demand_one_model(image_features, text_features)
+    images, texts = read_stored(image_features, "image"), read_stored(text_features, "text")
     if images.embeds.shape[1] != texts.embeds.shape[1]:
         raise InvalidInput(
             f"{text_features}: D is {texts.embeds.shape[1]}, {image_features} has {images.embeds.shape[1]}"

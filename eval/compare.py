@@ -141,7 +141,7 @@ def check_agreement(
             f"a recall differs by {comparison.max_recall_difference:.4f}, expected at most {max_recall_difference:g}"
         )
     if found:
-        raise EnginesDiffer(f"{comparison.one.engine} and {comparison.other.engine} differ: {'; '.join(found)}")
+        raise EnginesDiffer(f"the two engines differ: {'; '.join(found)}")
 
 
 def _direction_difference(

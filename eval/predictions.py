@@ -22,13 +22,12 @@ from eval.chinese_clip_files import (
     Answers,
     Direction,
     direction_of,
-    iter_features,
     read_annotations,
-    read_features,
     read_predictions,
     write_answers,
 )
 from eval.faiss_search import FaissIndex
+from eval.read_features import demand_one_model, iter_stored, read_stored
 from tuwen.errors import InvalidInput
 from tuwen.files import write_text
 from tuwen.search import top_k
@@ -76,17 +75,19 @@ def predict(
     """Write the k best of each query, in the order of its feature file; returns the number of queries.
 
     Args:
+        image_features, text_features: see `iter_stored`.
         index: of FAISS, for galleries that exact search takes too long on; None searches exactly.
         on_items: hears how many of the gallery have been searched.
     Raises:
-        InvalidInput: a file is malformed, the widths differ, or the gallery has fewer than k items.
+        InvalidInput: a file is malformed, they are not of one model, or the gallery has fewer than k items.
     """
+    demand_one_model(image_features, text_features)
     paths = {"image": image_features, "text": text_features}
-    queries = read_features(paths[direction.query], direction.query)
+    queries = read_stored(paths[direction.query], direction.query)
     item_ids: list[npt.NDArray[np.int64]] = []
 
     def gallery() -> Iterator[npt.NDArray[np.float32]]:
-        for block in iter_features(paths[direction.item], direction.item):
+        for block in iter_stored(paths[direction.item], direction.item):
             item_ids.append(block.ids)
             yield block.embeds
 

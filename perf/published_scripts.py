@@ -34,13 +34,21 @@ def published_script(name: str) -> Path:
     return Path(found.submodule_search_locations[0]) / "eval" / f"{name}.py"
 
 
+def published_command(*commands: Sequence[str | Path]) -> list[str]:
+    """The command line that runs scripts one after the other, each given by its name and then its arguments.
+
+    Raises:
+        MissingDependency: cn_clip is not installed.
+    """
+    arguments = [[str(published_script(str(name))), *map(str, rest)] for name, *rest in commands]
+    return [sys.executable, "-c", _RUN_ALL, json.dumps(arguments)]
+
+
 def run_published(*commands: Sequence[str | Path]) -> str:
-    """Run scripts one after the other, each its name and then its arguments; returns what they print.
+    """Run scripts as `published_command` has them; returns what they print.
 
     Raises:
         MissingDependency: cn_clip is not installed.
         subprocess.CalledProcessError: one failed.
     """
-    arguments = [[str(published_script(str(name))), *map(str, rest)] for name, *rest in commands]
-    command = [sys.executable, "-c", _RUN_ALL, json.dumps(arguments)]
-    return subprocess.run(command, check=True, text=True, capture_output=True).stdout
+    return subprocess.run(published_command(*commands), check=True, text=True, capture_output=True).stdout

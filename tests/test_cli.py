@@ -124,7 +124,6 @@ def test_an_error_is_one_line_on_stderr(tmp_path: Path) -> None:
     [
         ("eval retrieval --checkpoint nowhere --data nowhere", "nowhere: there is no such checkpoint"),
         ("eval retrieval --engine onnx --repository nowhere --data x", "nowhere: no built model in it; `tuwen build"),
-        ("eval retrieval --engine triton --url 127.0.0.1:1 --data samples/emoji_cn", "no server answers"),
         ("eval compare torch:nowhere onnx:nowhere --data nowhere", "nowhere: there is no such checkpoint"),
         ("eval compare here there --data nowhere", "engine 'here': expected torch:CHECKPOINT, onnx:REPOSITORY"),
         ("build --checkpoint nowhere --repository served", "nowhere: there is no such checkpoint"),
@@ -219,6 +218,13 @@ def test_without_json_the_figures_are_a_table(evaluable: list[str]) -> None:
     assert ended.returncode == 0, ended.stderr
     rows = [line for line in ended.stdout.splitlines() if "text to image" in line or "image to text" in line]
     assert [row.count("%") for row in rows] == [4, 4]
+
+
+def test_a_server_that_is_not_there_ends_an_evaluation(evaluable: list[str], in_process: Main) -> None:
+    """With the client's sentence."""
+    status, out, err = in_process("eval", "retrieval", "--engine", "triton", "--url", "127.0.0.1:1", *evaluable[-2:])
+    assert (status, out) == (1, "")
+    assert err.startswith("error: no server answers")
 
 
 def test_a_report_is_written_beside_the_figures(evaluable: list[str], tmp_path: Path, in_process: Main) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tuwen.errors import InvalidInput
 from tuwen.retrieval import first_relevant_rank, first_relevant_ranks, recall_at_k, recalls
 
 
@@ -71,3 +72,12 @@ def test_large_sets_are_ranked_in_little_memory() -> None:
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak_bytes < 2 * 2**20
+
+
+def test_a_query_that_is_not_finite_does_not_count_as_found() -> None:
+    embeds = np.eye(4, dtype=np.float32)
+    broken = embeds.copy()
+    broken[2] = np.nan
+    for queries, items in ((broken, embeds), (embeds, broken)):
+        with pytest.raises(InvalidInput, match="embedding 2 holds a value that is not finite"):
+            first_relevant_ranks(queries, items, [(index,) for index in range(4)])

@@ -49,6 +49,8 @@ def first_relevant_ranks(
         item_embeds: (N, D), a memory map too.
         relevant: for each query the indices of its relevant items.
         max_scores: of a block.
+    Raises:
+        InvalidInput: an embedding is not finite.
     """
     lengths = [len(items) for items in relevant]
     query_rows = np.repeat(np.arange(len(relevant)), lengths)

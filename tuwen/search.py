@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from tuwen.errors import InvalidInput
+
 FloatArray = npt.NDArray[np.floating]
 Matrix = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
@@ -46,7 +48,8 @@ def top_k(
         item_embeds: (N, D), a memory map too; or blocks of it in order, (n, D) each.
         on_items: hears how many items have been searched.
     Raises:
-        ValueError: k is outside 1..N, the widths differ, or a value is not finite.
+        ValueError: k is outside 1..N, or the widths differ.
+        InvalidInput: an embedding is not finite.
     """
     if k < 1:
         raise ValueError(f"k is {k}, expected at least 1")
@@ -100,6 +103,8 @@ def count_better(
         scores: (Q,), the score of each query's given item; one of -inf is not ranked, its count means nothing.
         indices: (Q,), the index of that item, which decides among equal scores.
         block_scores: scores held at a time, at 5 bytes each, or up to 55 where most of them tie.
+    Raises:
+        InvalidInput: an embedding is not finite.
     """
     counts = np.zeros(len(query_embeds), np.int64)
     query_rows = max(1, min(_QUERY_ROWS, block_scores))
@@ -128,7 +133,9 @@ class _Block:
         rows = np.ascontiguousarray(embeds, np.float32)
         norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
         if not np.isfinite(norms).all():
-            raise ValueError(f"embedding {start + int(np.argmin(np.isfinite(norms)))} holds a value that is not finite")
+            # A NaN is neither above nor below: it would count as found.
+            first = start + int(np.argmin(np.isfinite(norms)))
+            raise InvalidInput(f"embedding {first} holds a value that is not finite")
         return cls(start, rows, norms)
 
 
@@ -169,8 +176,7 @@ def _item_blocks(embeds: FloatArray | Iterable[FloatArray], first: int, largest:
         start = 0
         while start < len(part):
             size = min(largest, max(first, done))
-            block = _Block.of(done, part[start : start + size])
-            yield block
+            yield (block := _Block.of(done, part[start : start + size]))
             start, done = start + size, done + len(block.embeds)
 
 

@@ -30,8 +30,8 @@ class Index(StrEnum):
     faiss_hnsw = "faiss-hnsw"
 
 
-ImageFeatures = Annotated[Path, typer.Option("--image-features", help="*_imgs.img_feat.jsonl")]
-TextFeatures = Annotated[Path, typer.Option("--text-features", help="*_texts.txt_feat.jsonl")]
+ImageFeatures = Annotated[Path, typer.Option("--image-features", help="*_imgs.img_feat.jsonl, or of `tuwen features`.")]
+TextFeatures = Annotated[Path, typer.Option("--text-features", help="*_texts.txt_feat.jsonl, or of `tuwen features`.")]
 Annotations = Annotated[Path, typer.Option("--annotations", help="{split}_texts.jsonl, or its .tr.jsonl.")]
 Predictions = Annotated[Path, typer.Option("--predictions", help="What `tuwen eval predict` wrote.")]
 

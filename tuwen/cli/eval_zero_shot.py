@@ -165,11 +165,14 @@ def _show(result: ZeroShotResult, task: Task, data: Path, report_path: Path | No
     if as_json:
         print(json.dumps(result.to_dict() | {"published": published}, ensure_ascii=False))
         return
-    table = Table(title=escape(title), caption=escape(subtitle))
+    table = Table()
     table.add_column("")
     table.add_column("ours", justify="right")
     if published is not None:
         table.add_column(f"published {published_model(result.model_name)}", justify="right")
     for row in rows:
         table.add_row(*row[: len(table.columns)])
+    # Above and below, not as title and caption, which are folded to the width of two narrow columns.
+    stdout.print(escape(title), soft_wrap=True)
     stdout.print(table)
+    stdout.print(escape(subtitle), soft_wrap=True)

@@ -46,6 +46,10 @@ def eval_retrieval(
     model_version: ModelVersion = None,
     url: Url = "localhost:8001",
     tls_ca: Authority = None,
+    features: Annotated[
+        Path | None,
+        typer.Option("--features", help="Score what `tuwen features` wrote to this folder; nothing is embedded."),
+    ] = None,
     report_path: Annotated[
         Path | None, typer.Option("--report", help="Write an HTML report with the worst retrievals to this file.")
     ] = None,
@@ -56,6 +60,12 @@ def eval_retrieval(
     from eval.retrieval import evaluate_retrieval
     from tuwen.data.pairs import open_pairs
 
+    if features is not None:
+        from eval.stored_features import score_features
+
+        pairs = open_pairs(data, split)
+        _show(*score_features(features, pairs, str(data), split), pairs, report_path, as_json)
+        return
     if engine is EngineName.torch and checkpoint is None:
         raise typer.BadParameter("--engine torch needs --checkpoint")
     place = {"checkpoint": checkpoint, "repository": repository, "model": model, "version": model_version, "url": url}
@@ -155,9 +165,13 @@ def _print_comparison(comparison: Comparison, one: str, other: str) -> None:
             answers.add_row(f"{name}, {label}", *values, f"{100 * change[metric]:+.2f}")
         ranks = (f"{each.mean_rank:.2f}" for each in (first, second))
         answers.add_row(f"{name}, mean rank", *ranks, f"{change['mean_rank']:+.2f}")
-        same = (("best", difference.same_top_1), ("ten best", difference.same_top_10), ("rank", difference.same_rank))
+        same = (
+            ("best of all", difference.same_top_1),
+            ("ten best", difference.same_top_10),
+            ("rank of the right one", difference.same_rank),
+        )
         for label, share in same:
-            answers.add_row(f"{name}, queries with the same {label}", "", f"{share:.2%}", "")
+            answers.add_row(f"{name}, same {label}", "", f"{share:.2%}", "")
     stdout.print(answers)
 
 

@@ -308,7 +308,8 @@ def _readme(names: Package, styles: tuple[Package, ...], num_concepts: int, coun
         f"# Emoji-CN\n\n{num_concepts} emoji with their Chinese names and tags, {RESOLUTION} x {RESOLUTION} on white,"
         " made by `tuwen data emoji`.\nThe pictures are flattened and resized from these sources:\n\n"
         f"| source (npm) | licence |\n|---|---|\n{sources}\n"
-        f"Picture id = {_PICTURE_IDS_PER_STYLE} * style + concept; styles in the order above, the last is held out as"
+        f"Picture id = {_PICTURE_IDS_PER_STYLE} * style + concept; {GROUPS_NAME} has each concept's group; styles in the"
+        " order above, the last is held out as"
         " `valid`.\n`seen` holds the training pictures with the captions of `valid`.\n\n"
         f"| split | pictures | texts | pairs |\n|---|---|---|---|\n{splits}"
     )
