@@ -126,10 +126,10 @@ def write_features(path: Path, kind: Kind, blocks: Iterable[Features]) -> None:
                 file.write(feature_line(kind, int(item_id), embed))
 
 
-def feature_line(kind: Kind, item_id: int, embed: Matrix) -> bytes:
+def feature_line(kind: Kind, item_id: int | str, embed: Matrix) -> bytes:
     """One line of a feature file, float32 (D,), with its newline."""
     values = orjson.dumps(np.ascontiguousarray(embed, np.float32), option=orjson.OPT_SERIALIZE_NUMPY)
-    return b'{"%s_id": %d, "feature": %s}\n' % (kind.encode(), item_id, values)
+    return b'{"%s_id": %s, "feature": %s}\n' % (kind.encode(), orjson.dumps(item_id), values)
 
 
 def _vector(record: dict[str, Any], where: str) -> Matrix:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +20,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from eval.feature_sources import Id, Side
+from eval import chinese_clip_files
+from eval.feature_sources import SIDES, Id, Side
 from tuwen.errors import InvalidInput, MissingDependency
 from tuwen.files import atomic_file, atomic_path, write_text
 
@@ -34,7 +35,7 @@ Ids = list[int] | list[str]
 LARGE_BYTES = 2**30
 _BLOCK_ROWS = 8192
 _MODEL_KEY, _SKIPPED_KEY = b"tuwen.model", b"tuwen.skipped"
-_JSONL_ID: dict[Side, str] = {"images": "image_id", "texts": "text_id"}
+_JSONL_KIND: dict[Side, chinese_clip_files.Kind] = {"images": "image", "texts": "text"}
 # Chinese-CLIP's own endings. Source: cn_clip/eval/extract_features.py
 JSONL_ENDING: dict[Side, str] = {"images": "img_feat.jsonl", "texts": "txt_feat.jsonl"}
 
@@ -191,13 +192,16 @@ def write_single_file(folder: Path, manifest: Manifest) -> Path:
 
 
 def write_jsonl(folder: Path, manifest: Manifest) -> Path:
-    """FOLDER.img_feat.jsonl or FOLDER.txt_feat.jsonl, as Chinese-CLIP's extract_features.py writes them."""
+    """FOLDER.img_feat.jsonl or FOLDER.txt_feat.jsonl, as Chinese-CLIP's extract_features.py writes them.
+
+    Its scripts count on integer ids, and so does our reader; strings are written for other programs.
+    """
     path = folder.with_name(f"{folder.name}.{JSONL_ENDING[manifest.side]}")
     with atomic_file(path) as file:
         for ids, embeddings in iter_features(folder):
-            for one, row in zip(ids, embeddings.tolist(), strict=True):
-                file.write(json.dumps({_JSONL_ID[manifest.side]: one, "feature": row}, ensure_ascii=False).encode())
-                file.write(b"\n")
+            some: Sequence[Id] = ids
+            for one, row in zip(some, embeddings.astype(np.float32), strict=True):
+                file.write(chinese_clip_files.feature_line(_JSONL_KIND[manifest.side], one, row))
     return path
 
 
@@ -244,7 +248,7 @@ def _parts(path: Path) -> list[Path] | None:
     """The Parquet files that `path` stands for, in order; None for JSONL."""
     if path.is_file():
         return [path] if path.suffix == ".parquet" else None
-    sides = [side for side in _JSONL_ID if (path / side / MANIFEST_NAME).is_file()]
+    sides = [side for side in SIDES if (path / side / MANIFEST_NAME).is_file()]
     if sides:
         raise InvalidInput(f"{path}: holds features of {' and '.join(sides)}; name one, as {path / sides[0]}")
     if not path.exists():
@@ -297,37 +301,18 @@ def _open(path: Path) -> Any:
 
 def _jsonl_shape(path: Path) -> tuple[int, int, Dtype]:
     with open(path, "rb") as file:
-        num_rows = sum(1 for line in file if line.strip())
-    first = next(_iter_jsonl(path, 1), None)
-    return num_rows, 0 if first is None else first[1].shape[1], "float32"
+        num_rows = sum(not line.isspace() for line in file)
+    first = next(chinese_clip_files.iter_features(path, _jsonl_kind(path), 1))
+    return num_rows, first.embeds.shape[1], "float32"
 
 
 def _iter_jsonl(path: Path, block_rows: int) -> Iterator[tuple[Ids, Embeddings]]:
-    ids: list[Any] = []
-    rows: list[npt.NDArray[np.float32]] = []
-    for one, row in _jsonl_rows(path):
-        if rows and len(row) != len(rows[0]):
-            raise InvalidInput(f"{path}: the feature of {one!r} has {len(row)} numbers, others {len(rows[0])}")
-        ids.append(one)
-        rows.append(row)
-        if len(ids) == block_rows:
-            yield ids, np.stack(rows)
-            ids, rows = [], []
-    if ids:
-        yield ids, np.stack(rows)
+    for block in chinese_clip_files.iter_features(path, _jsonl_kind(path), block_rows):
+        yield block.ids.tolist(), block.embeds
 
 
-def _jsonl_rows(path: Path) -> Iterable[tuple[Id, npt.NDArray[np.float32]]]:
+def _jsonl_kind(path: Path) -> chinese_clip_files.Kind:
+    """By the field that the first line has; what may be wrong with the file is its reader's to say."""
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                values = json.loads(line)
-                (id_key,) = set(values) & set(_JSONL_ID.values())
-                row = np.array(values["feature"], np.float32)
-            except (ValueError, TypeError, KeyError) as error:
-                raise InvalidInput(f"{path}:{number}: not an id and a feature: {error}") from None
-            if row.ndim != 1:
-                raise InvalidInput(f"{path}:{number}: feature has {row.ndim} dimensions, expected 1")
-            yield values[id_key], row
+        first = next((line for line in file if not line.isspace()), b"")
+    return "text" if b'"text_id"' in first else "image"

@@ -274,7 +274,7 @@ def embed_part(
     items: list[tuple[Id, Unusable | None]] = []
 
     def readable() -> Iterator[Any]:
-        for item_id, payload in _read_ahead(source.read(start, start + manifest.num_items_of(number))):
+        for item_id, payload in read_ahead(source.read(start, start + manifest.num_items_of(number))):
             unusable = payload if isinstance(payload, Unusable) else None
             items.append((item_id, unusable))
             if unusable is None:
@@ -299,7 +299,7 @@ def embed_part(
     return part_bytes(manifest, ids, rows, skipped)
 
 
-def _read_ahead(items: Iterator[Item]) -> Iterator[Item]:
+def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
     """The same items, read by a thread of its own, up to `_READ_AHEAD` before they are asked for."""
     with ThreadPoolExecutor(1) as pool:
         reading = deque(pool.submit(next, items, None) for _ in range(_READ_AHEAD))

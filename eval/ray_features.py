@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -24,7 +24,7 @@ from eval.features import EmbedParts, EngineChoice, ItemsHook, embed_part
 from tuwen.errors import InvalidInput, MissingDependency, TuwenError
 
 
-class _PartEmbedder:
+class PartEmbedder:
     """An actor: the number of a part in; its file's content out, or why there is none."""
 
     def __init__(self, choice: EngineChoice, source: Source, manifest: Manifest) -> None:
@@ -67,10 +67,11 @@ def parts_by_ray(choice: EngineChoice, num_workers: int | None = None) -> EmbedP
         if not numbers:
             return
         with _connected() as ray:
-            workers, num_cpus, num_gpus = _shares(ray.cluster_resources(), choice.device, num_workers)
+            machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            workers, num_cpus, num_gpus = shares(machines, choice.device, num_workers)
             parts = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=len(numbers))
             embedded = parts.map_batches(
-                _PartEmbedder,
+                PartEmbedder,
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(size=workers),
                 num_cpus=num_cpus,
@@ -89,13 +90,16 @@ def parts_by_ray(choice: EngineChoice, num_workers: int | None = None) -> EmbedP
 def _connected() -> Iterator[ModuleType]:
     """Ray with ray.data, connected to RAY_ADDRESS or started here, and let go of afterwards."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its servers log to this process's stderr
     try:
         import ray
         import ray.data
     except ImportError as error:
         raise MissingDependency(f"--engine ray needs Ray Data ({error}): pip install 'tuwen[ray]'") from None
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
+    try:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:  # as it does where nothing answers, or another Ray
+        reason = str(error).strip().splitlines()[0]
+        raise InvalidInput(f"--engine ray: RAY_ADDRESS is {os.environ.get('RAY_ADDRESS')!r}: {reason}") from error
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours is shown
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
@@ -104,9 +108,21 @@ def _connected() -> Iterator[ModuleType]:
         ray.shutdown()
 
 
-def _shares(resources: dict[str, float], device: str, num_workers: int | None) -> tuple[int, int, int]:
-    """(actors, CPUs of each, GPUs of each) of a cluster; Ray gives an actor as many threads as CPUs."""
-    num_machines = sum(name.startswith("node:") and "__internal" not in name for name in resources)
+def shares(machines: Sequence[Mapping[str, float]], device: str, num_workers: int | None) -> tuple[int, int, int]:
+    """(actors, CPUs of each, GPUs of each), so that each fits on the smallest machine.
+
+    Ray gives an actor's numerical libraries as many threads as it has CPUs.
+
+    Args:
+        machines: {"CPU", "GPU", ...} of each; a head without CPUs takes no part.
+    Raises:
+        InvalidInput: a cuda device is asked for, and no machine has a GPU.
+    """
     on_gpu = device.startswith("cuda")
-    workers = num_workers or int(resources.get("GPU", 0) if on_gpu else num_machines) or 1
-    return workers, max(1, int(resources.get("CPU", 1)) // workers), int(on_gpu)
+    usable = [one for one in machines if one.get("CPU", 0) >= 1 and (not on_gpu or one.get("GPU", 0) >= 1)]
+    if not usable:
+        raise InvalidInput(f"--engine ray: no machine of the cluster has a {'GPU' if on_gpu else 'CPU'}")
+    num_gpus = sum(int(one.get("GPU", 0)) for one in usable)
+    workers = num_workers or (num_gpus if on_gpu else len(usable))
+    to_a_machine = -(-workers // len(usable))
+    return workers, max(1, int(min(one["CPU"] for one in usable)) // to_a_machine), int(on_gpu)

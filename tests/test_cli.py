@@ -19,7 +19,19 @@ from tuwen.checkpoint import save_checkpoint
 from tuwen.errors import InvalidInput
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("data", "train", "eval", "build", "render", "serve", "search", "classifier", "calibrate", "bench")
+COMMANDS = (
+    "data",
+    "train",
+    "eval",
+    "features",
+    "build",
+    "render",
+    "serve",
+    "search",
+    "classifier",
+    "calibrate",
+    "bench",
+)
 Main = Callable[..., tuple[int, str, str]]
 
 
@@ -136,6 +148,8 @@ def test_an_error_is_one_line_on_stderr(tmp_path: Path) -> None:
         ("bench run nowhere.toml --serve", "nowhere.toml: there is no such scenario; those kept are image, mixed"),
         ("bench compare nowhere nowhere", "nowhere: there is no such summary; `tuwen bench run` writes one"),
         ("bench towers --checkpoint nowhere", "nowhere: there is no such checkpoint"),
+        ("features --data nowhere --out out", "the torch engine needs a checkpoint: --checkpoint DIR"),
+        ("features --data nowhere --out out --checkpoint nowhere", "nowhere: there is no such checkpoint"),
         ("bench towers", "give one of --checkpoint and --architecture"),
         ("bench towers --architecture Tiny-RN --batch 1;2", "--batch 1;2: expected whole numbers with commas between"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -20,9 +21,10 @@ from PIL import Image
 
 from eval import feature_files
 from eval.engine import Engine
-from eval.feature_files import fingerprint_of, iter_features, open_features
+from eval.feature_files import fingerprint_of, iter_features, open_features, read_manifest
 from eval.feature_sources import Side, open_source
-from eval.features import FeatureJob, _read_ahead, parts_by_engine, write_features
+from eval.features import EngineChoice, FeatureJob, parts_by_engine, read_ahead, write_features
+from eval.ray_features import PartEmbedder, shares
 from eval.torch_engine import TorchEngine
 from tests.conftest import SMALL_SPECS, random_model
 from tests.shapes import shape_pairs, write_pairs
@@ -430,6 +432,9 @@ def test_the_jsonl_is_chinese_clips(engine: Engine, tmp_path: Path) -> None:
     first = json.loads((job.out / "texts.txt_feat.jsonl").read_text().splitlines()[0])
     assert (list(first), first["text_id"], len(first["feature"])) == (["text_id", "feature"], 0, 32)
     assert fingerprint_of(job.out / "texts.txt_feat.jsonl") is None
+    write(engine, FeatureJob(make_pictures(tmp_path / "pictures"), tmp_path / "by_path", jsonl=True))
+    first = json.loads((tmp_path / "by_path" / "images.img_feat.jsonl").read_text().splitlines()[0])
+    assert first["image_id"] == "under0/102.png"
     path = tmp_path / "theirs.jsonl"
     path.write_text('{"image_id": 7, "feature": [0.5, 1]}\n\n{"feature": [0.25, 2], "image_id": 8}\n')
     ids, embeddings = open_features(path)
@@ -468,8 +473,8 @@ def test_features_that_cannot_be_read_are_named(engine: Engine, tmp_path: Path) 
         ("data", "no folder of features, manifest.json: No such file"),
         ("nowhere", "there are no such features"),
         ("lists.parquet", "expected columns id, and embedding, a fixed-size list"),
-        ("odd.jsonl", "odd.jsonl:2: not an id and a feature"),
-        ("uneven.jsonl", "the feature of 2 has 2 numbers, others 1"),
+        ("odd.jsonl", "odd.jsonl:2: field 'feature' is missing"),
+        ("uneven.jsonl", "uneven.jsonl:2: 2 values, the lines before have 1"),
     ):
         with pytest.raises(InvalidInput, match=reason):
             open_features(tmp_path / name)
@@ -484,7 +489,7 @@ def test_reading_ahead_is_bounded() -> None:
             taken.append(number)
             yield number
 
-    ahead = _read_ahead(items())
+    ahead = read_ahead(items())
     assert [next(ahead) for _ in range(10)] == list(range(10))
     time.sleep(0.05)
     assert len(taken) <= 10 + 64
@@ -492,6 +497,47 @@ def test_reading_ahead_is_bounded() -> None:
 
 
 # --- Ray ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_actor_makes_the_parts_of_an_engine(tmp_path: Path, checkpoint: Path) -> None:
+    """What Ray calls, without Ray: the same bytes, or the reason why there are none."""
+    job = FeatureJob(make_tsv(tmp_path / "data"), tmp_path / "out", sides=("images",), part_rows=6)
+    choice = EngineChoice("torch", checkpoint, batch_size=4)
+    with choice.open() as engine:
+        (done,) = write_features(job, engine, "ray", parts_by_engine(engine))
+    source, manifest = open_source(job.data, "valid", "images"), read_manifest(done.folder)
+    actor = PartEmbedder(choice, pickle.loads(pickle.dumps(source)), manifest)  # noqa: S301
+    (content,) = actor({"number": np.array([2])})["content"]
+    assert content == (done.folder / "000002.parquet").read_bytes()
+    for other, reason in (
+        (EngineChoice("torch", tmp_path / "nowhere"), "there is no such checkpoint"),
+        (EngineChoice("torch", ROOT / "samples" / "emoji_tiny"), "emoji_tiny: is another model on another machine"),
+    ):
+        answer = PartEmbedder(other, source, manifest)({"number": np.array([2])})
+        assert answer["content"][0] == b""
+        assert reason in answer["error"][0]
+
+
+@pytest.mark.parametrize(
+    ("machines", "device", "num_workers", "expected"),
+    [
+        ([{"CPU": 2.0}], "cpu", None, (1, 2, 0)),
+        ([{"CPU": 2.0}], "cpu", 2, (2, 1, 0)),
+        ([{"CPU": 2.0}], "cpu", 3, (3, 1, 0)),
+        ([{"CPU": 0.0}, {"CPU": 16.0}, {"CPU": 8.0, "GPU": 2.0}], "cpu", None, (2, 8, 0)),
+        ([{"CPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}, {"CPU": 8.0, "GPU": 2.0}], "cuda", None, (6, 2, 1)),
+    ],
+)
+def test_actors_fit_on_the_machines(
+    machines: list[dict[str, float]], device: str, num_workers: int | None, expected: tuple[int, int, int]
+) -> None:
+    """(actors, CPUs, GPUs): one a machine or a GPU, and none larger than the smallest machine."""
+    assert shares(machines, device, num_workers) == expected
+
+
+def test_ray_without_a_gpu_says_so() -> None:
+    with pytest.raises(InvalidInput, match="no machine of the cluster has a GPU"):
+        shares([{"CPU": 8.0}], "cuda", None)
 
 
 @pytest.mark.slow
