@@ -215,6 +215,7 @@ class Run:
                 batch = next(batches)
                 waited_s = time.monotonic() - began
                 result, lr = self._train_on(batch)
+                del batch  # before the next one is made
                 self._trained_s = time.monotonic() - started
                 watcher.on_step(self._record(result, lr, time.monotonic() - began, waited_s, len(batches.unreadable)))
                 self._after_step()
