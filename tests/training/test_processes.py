@@ -42,6 +42,7 @@ def test_a_signal_to_the_command_saves_the_run_of_all_processes(tmp_path: Path) 
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         process.wait(_TIMEOUT_S)
+    assert process.returncode == 0 or sys.platform != "linux"
     lines = metrics.read_text(encoding="utf-8").splitlines()
     last = json.loads(lines[-1])["step"]
     assert newest_state(tmp_path / "run") == tmp_path / "run" / "checkpoints" / f"step_{last:08d}"

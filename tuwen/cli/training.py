@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -79,8 +80,21 @@ def _run_processes(count: int, recipe: Path, overrides: list[str], resume: str) 
     with subprocess.Popen(command, env=environment) as torchrun:
         # Ctrl-C reaches torchrun from the terminal, SIGTERM through here; either way it is waited for while it saves.
         signal.signal(signal.SIGINT, lambda number, frame: None)
-        signal.signal(signal.SIGTERM, lambda number, frame: torchrun.terminate())
+        signal.signal(signal.SIGTERM, lambda number, frame: _stop_processes(torchrun))
         return torchrun.wait()
+
+
+def _stop_processes(torchrun: subprocess.Popen[bytes]) -> None:
+    """Ask what torchrun started to stop: it ends well when all of that does, and calls a stop of its own a failure."""
+    try:
+        workers = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text(encoding="ascii").split()
+    except OSError:  # no such file on this system
+        workers = []
+    for worker in workers:
+        with suppress(ProcessLookupError):
+            os.kill(int(worker), signal.SIGTERM)
+    if not workers:
+        torchrun.terminate()
 
 
 def teacher_features(
