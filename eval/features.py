@@ -214,13 +214,15 @@ def _begin(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, or see that the one that is there says the same.
 
     Raises:
-        InvalidInput: it does not; the sentence says what has changed.
+        InvalidInput: it does not, and the sentence says what has changed; or there are parts of nobody knows what.
     """
+    way_out = "remove it, or name another --out"
     if not (folder / MANIFEST_NAME).is_file():
+        if found := next(folder.glob("*.parquet"), None):  # a manifest is written before any part
+            raise InvalidInput(f"{folder}: holds {found.name} and no {MANIFEST_NAME}; {way_out}")
         write_manifest(folder, manifest)
         return
     before = read_manifest(folder)
-    way_out = "remove it, or name another --out"
     if (before.input_digest, before.num_items) != (manifest.input_digest, manifest.num_items):
         raise InvalidInput(
             f"{folder}: its input has changed since it was begun ({before.num_items} {before.side} in {before.input}, "

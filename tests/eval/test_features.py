@@ -323,6 +323,15 @@ def test_another_model_does_not_go_on(engine: Engine, tmp_path: Path) -> None:
         write(TorchEngine(model), job)
 
 
+def test_parts_without_a_manifest_are_not_gone_on_with(engine: Engine, tmp_path: Path) -> None:
+    """Nobody knows what they are of."""
+    job = FeatureJob(make_tsv(tmp_path / "data"), tmp_path / "out", sides=("images",))
+    write(engine, job)
+    (job.out / "images" / "manifest.json").unlink()
+    with pytest.raises(InvalidInput, match=r"images: holds 000000.parquet and no manifest.json; remove it, or name"):
+        write(engine, job)
+
+
 def test_changed_texts_are_noticed_and_touched_ones_are_not(engine: Engine, tmp_path: Path) -> None:
     """Their digest is of the texts."""
     job = FeatureJob(make_tsv(tmp_path / "data"), tmp_path / "out", sides=("texts",))
