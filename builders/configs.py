@@ -6,6 +6,7 @@ The text is what a person reads and reviews; the schema is Triton's own model_co
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
@@ -127,7 +128,22 @@ def _add_tensors(config: pb.ModelConfig, inputs: tuple[Tensor, ...], outputs: tu
         config.output.add(name=tensor.name, data_type=f"TYPE_{tensor.data_type}", dims=tensor.dims)
 
 
-def render(model: Model | Ensemble) -> str:
+class Renderable(Protocol):
+    """A model's configuration and what a person reads about it at the head of its file."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def purpose(self) -> str: ...
+
+    @property
+    def change(self) -> str: ...
+
+    def to_proto(self) -> pb.ModelConfig: ...
+
+
+def render(model: Renderable) -> str:
     """The text of a config.pbtxt, header first."""
     body = text_format.MessageToString(model.to_proto(), use_short_repeated_primitives=True, as_utf8=True)
     return _HEADER.format(purpose=model.purpose, change=model.change) + body
