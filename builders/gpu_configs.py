@@ -12,20 +12,13 @@ from dataclasses import dataclass, replace
 from tritonclient.grpc import model_config_pb2 as pb
 
 from builders.configs import MAX_BATCH_SIZE, Model, image_tower, text_tower
+from builders.tensorrt_plan import COMPUTE_CAPABILITIES
 from tuwen.specs import CONTEXT_LENGTH, ModelSpec
 
 PROFILE = "gpu"
-# Of NVIDIA's data centre and desktop GPUs that TensorRT 10 and 11 build for: Turing (T4), Ampere (A100; A10, RTX 30),
-# Ada (L4, RTX 40), Hopper, Blackwell (B200; RTX 50). Another GPU finds no plan and says so.
-COMPUTE_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 # What a search box sends: one text of up to 22 characters and its two marks; and a text that was cut.
 _TEXT_GRAPH_LENGTHS = (*range(3, 25), CONTEXT_LENGTH)
 _IMAGE_GRAPH_BATCHES = (1, 2, 4, 8, 16, MAX_BATCH_SIZE)
-
-
-def plan_name(compute_capability: str) -> str:
-    """File of the plan for GPUs of a compute capability: "8.6" -> model_sm86.plan."""
-    return f"model_sm{compute_capability.replace('.', '')}.plan"
 
 
 @dataclass(frozen=True)
@@ -48,7 +41,7 @@ class TensorRTTower:
         config = replace(self.tower, backend="tensorrt", parameters=()).to_proto()
         config.instance_group[0].kind = pb.ModelInstanceGroup.KIND_GPU
         for capability in COMPUTE_CAPABILITIES:
-            config.cc_model_filenames[capability] = plan_name(capability)
+            config.cc_model_filenames[str(capability)] = capability.plan_name
         config.optimization.cuda.graphs = True
         for batch_size, inputs in self.graphs:
             graph = config.optimization.cuda.graph_spec.add(batch_size=batch_size)

@@ -7,8 +7,8 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from builders.configs import MAX_BATCH_SIZE
-from builders.gpu_configs import COMPUTE_CAPABILITIES, plan_name
 from builders.repository import rendered_files, write_rendered
+from builders.tensorrt_plan import COMPUTE_CAPABILITIES, ComputeCapability
 from tuwen.serving.model_repository import built_models
 from tuwen.specs import CONTEXT_LENGTH, SPECS, get_spec
 
@@ -61,12 +61,12 @@ def test_the_profile_is_built_when_a_plan_of_any_gpu_is_there(tmp_path: Path) ->
         (tmp_path / path / "1").mkdir(exist_ok=True)
     (tmp_path / "tokenize_text" / "1" / "model.py").touch()
     assert "m_text" not in built_models(tmp_path, model_config_name="gpu")
-    (tmp_path / "m_text_tower" / "1" / plan_name("8.6")).touch()
+    (tmp_path / "m_text_tower" / "1" / ComputeCapability(8, 6).plan_name).touch()
     assert "m_text" in built_models(tmp_path, model_config_name="gpu")
     assert "m_text" not in built_models(tmp_path)  # without the profile it is the ONNX file that counts
 
 
 def test_a_plan_is_named_for_its_gpu() -> None:
-    names = [plan_name(capability) for capability in COMPUTE_CAPABILITIES]
-    assert names[:3] == ["model_sm75.plan", "model_sm80.plan", "model_sm86.plan"]
-    assert len(set(names)) == len(names)
+    config = read(rendered_files(get_spec("Tiny-RN"), "m"), "m_image_tower", "configs", "gpu.pbtxt")
+    assert dict(config.cc_model_filenames).items() >= {"8.6": "model_sm86.plan", "12.0": "model_sm120.plan"}.items()
+    assert len(set(config.cc_model_filenames.values())) == len(COMPUTE_CAPABILITIES)
