@@ -53,7 +53,7 @@ def measure_parity(model: ChineseCLIP, kind: TowerKind, onnx_path: Path, fingerp
     """
     session = open_session(onnx_path)
     cosines, differences = [], []
-    for feed, expected in _text_batches(model) if kind == "text" else _image_batches(model):
+    for feed, expected in parity_batches(model, kind):
         embeds, fingerprints, *_ = session.run(None, feed)
         if fingerprints.shape != (len(expected), 1) or (fingerprints != fingerprint).any():
             raise ExportFailed(f"{onnx_path.name}: carries fingerprint {fingerprints.ravel()[0]}, not {fingerprint}")
@@ -64,6 +64,11 @@ def measure_parity(model: ChineseCLIP, kind: TowerKind, onnx_path: Path, fingerp
         max_abs_diff=float(np.concatenate(differences).max()),
         num_items=sum(map(len, cosines)),
     )
+
+
+def parity_batches(model: ChineseCLIP, kind: TowerKind) -> Iterator[Batch]:
+    """Random and real input of several batch sizes and lengths, each with PyTorch's embeddings of it."""
+    return _text_batches(model) if kind == "text" else _image_batches(model)
 
 
 def open_session(onnx_path: Path) -> ort.InferenceSession:

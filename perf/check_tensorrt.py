@@ -4,7 +4,7 @@
     python -m perf.check_tensorrt --architectures Tiny-RN --out .cache/check
 
 Runs `builders.tensorrt_plan`, which makes the plans of `tuwen build --profile gpu`, on random weights with the module
-`tensorrt_rtx`, ahead of time for GPUs that are not there. It says nothing of speed, and its engines are no Triton plans.
+`tensorrt_rtx`, ahead of time for GPUs that are not there. It says nothing of speed; its engines are no Triton plans.
 Every step is a process of its own, so that its memory is its own; any failure fails the run, after the table.
 """
 
@@ -134,11 +134,12 @@ def to_markdown(rows: Sequence[TowerCheck], tools: dict[str, str]) -> str:
     lines = [
         "# What TensorRT's parser and builder make of every tower",
         "",
-        "Written by `make check-tensorrt`: random weights at real size, the profile that is served (batches of 1 to 32, texts of",
-        f"1 to 52 tokens), `tensorrt_rtx` {tools['tensorrt_rtx']} ahead of time on a machine without a GPU. It is the parser and the",
-        "strongly typed builder of TensorRT, so a graph they refuse is refused here; speed and Triton's own plans are not shown.",
+        "Written by `make check-tensorrt`: random weights at real size, the profile that is served (batches of 1 to",
+        f"32, texts of 1 to 52 tokens), `tensorrt_rtx` {tools['tensorrt_rtx']} ahead of time on a machine without GPU.",
+        "It is TensorRT's parser and strongly typed builder, so a graph that they refuse is refused here; speed is not",
+        "shown, and Triton's plans are others.",
         "",
-        f"| architecture | tower | precision | ONNX nodes | layers | seconds {' / '.join(targets)} | engine MB | peak GB |",
+        f"| architecture | tower | precision | ONNX nodes | layers | s {' / '.join(targets)} | engine MB | peak GB |",
         "|---|---|---|---:|---:|---:|---:|---:|",
         *(_row(row, targets) for row in rows),
         "",
