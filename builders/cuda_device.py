@@ -40,6 +40,6 @@ def _load_driver() -> ctypes.CDLL:
         return ctypes.CDLL(_DRIVER)
     except OSError:
         raise MissingDependency(
-            f"no NVIDIA driver here ({_DRIVER} is missing); a plan is built on the GPU that will run it, in a container "
-            "with --gpus all"
+            f"no NVIDIA driver here ({_DRIVER} is missing): a plan is built on the GPU that will run it; a container "
+            "needs --gpus all"
         ) from None

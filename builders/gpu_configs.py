@@ -11,7 +11,15 @@ from dataclasses import dataclass, replace
 
 from tritonclient.grpc import model_config_pb2 as pb
 
-from builders.configs import MAX_BATCH_SIZE, Model, image_tower, text_tower
+from builders.configs import (
+    MAX_BATCH_SIZE,
+    Model,
+    Renderable,
+    dali_preprocess,
+    guarded_image_ensemble,
+    image_tower,
+    text_tower,
+)
 from builders.tensorrt_plan import COMPUTE_CAPABILITIES
 from tuwen.specs import CONTEXT_LENGTH, ModelSpec
 
@@ -38,8 +46,7 @@ class TensorRTTower:
     def to_proto(self) -> pb.ModelConfig:
         # Without the queue's bounds: TensorRT's backend does not read them, and Triton's own may stand still for
         # 500 ms (tuwen/serving/request_queue.py). The models in front of a tower keep theirs.
-        config = replace(self.tower, backend="tensorrt", parameters=()).to_proto()
-        config.instance_group[0].kind = pb.ModelInstanceGroup.KIND_GPU
+        config = replace(self.tower, backend="tensorrt", kind="gpu", parameters=()).to_proto()
         for capability in COMPUTE_CAPABILITIES:
             config.cc_model_filenames[str(capability)] = capability.plan_name
         config.optimization.cuda.graphs = True
@@ -64,3 +71,13 @@ def gpu_image_tower(spec: ModelSpec, name: str) -> TensorRTTower:
     tower = image_tower(spec, name)
     batches = tuple((batch_size, ()) for batch_size in _IMAGE_GRAPH_BATCHES)
     return TensorRTTower(tower, batches, purpose=f"On a GPU. {tower.purpose}")
+
+
+def gpu_models(spec: ModelSpec, name: str) -> tuple[Renderable, ...]:
+    """Every model of an architecture whose config differs on a GPU."""
+    return (
+        gpu_text_tower(spec, name),
+        gpu_image_tower(spec, name),
+        dali_preprocess(spec.vision.resolution, "gpu"),
+        guarded_image_ensemble(spec, name),
+    )

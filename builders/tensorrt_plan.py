@@ -1,8 +1,8 @@
 """ONNX -> TensorRT plan: strongly typed, one optimisation profile over all batches that the server makes.
 
-Written for TensorRT 10 and 11; precision is in the graph (builders/reduced_precision.py), never in a flag. The module is
-a parameter: `tensorrt` builds for the GPU at hand, `tensorrt_rtx` ahead of time for GPUs that are not there, which is
-how `make check-tensorrt` runs this very code on any machine.
+Written for TensorRT 10 and 11; precision is in the graph (builders/reduced_precision.py), never in a flag. The module
+is a parameter: `tensorrt` builds for the GPU at hand, `tensorrt_rtx` ahead of time for GPUs that are not there, which
+is how `make check-tensorrt` runs this very code on any machine.
 """
 
 from __future__ import annotations
