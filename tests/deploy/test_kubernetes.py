@@ -164,23 +164,26 @@ def test_object_storage_joins_either_overlay(name: str, tmp_path: Path) -> None:
         kubernetes_validate.validate(resource, VERSIONS[-1], strict=True)
     pod = only(resources, "Deployment")["spec"]["template"]["spec"]
     assert not any("persistentVolumeClaim" in volume for volume in pod["volumes"])
-    environment = {one["name"]: one.get("value") for one in pod["containers"][0]["env"]}
-    assert environment["TUWEN_REPOSITORY"].startswith("s3://")
-    assert environment["TUWEN_PROFILE"] == name
-    assert only(resources, "Job", "upload-repository")
+    (fetch,) = pod["initContainers"]
+    upload = only(resources, "Job", "upload-repository")["spec"]["template"]["spec"]["containers"][0]
+    config = only(resources, "ConfigMap")
+    for container in (fetch, upload):
+        assert {"configMapRef": {"name": config["metadata"]["name"]}} in container["envFrom"]
+        assert "$(REPOSITORY)" in container["args"]
+    assert "REPOSITORY" in config["data"]
 
 
 def test_the_builders_commands_are_commands(overlay: list[Resource], tmp_path: Path) -> None:
-    """Run for real, up to the checkpoint that is not there: exit code 1, where wrong usage is 2."""
-    jobs = [one for one in overlay if one["kind"] == "Job"]
-    assert jobs
-    for job in jobs:
-        program, *arguments = job["spec"]["template"]["spec"]["containers"][0]["command"]
+    """Run for real, up to what is not there yet: exit code 1 and a sentence, where wrong usage is 2."""
+    commands = [pod["containers"][0]["args"] for pod in pod_specs(overlay)]
+    assert len(commands) == 2
+    for program, *arguments in commands:
         assert program == "tuwen"
         mounted = [each.replace("/models", str(tmp_path)).replace("/checkpoint", "no-such-one") for each in arguments]
         result = CliRunner().invoke(app, mounted)
         assert result.exit_code == 1, result.output
-        assert "no-such-one" in f"{result.output}{result.exception}"
+        missing = "no-such-one" if arguments[0] == "build" else "no model in this repository"
+        assert missing in f"{result.output}{result.exception}"
 
 
 def adapter_rules() -> list[dict[str, Any]]:
