@@ -20,6 +20,10 @@ PLANNED_LOAD = 0.6
 ASSUMED_EFFICIENCY = 0.4
 SECONDS_PER_HOUR = 3600
 
+# What gRPC, tokeniser and Python's part of Triton get through on two cores, the client beside them: the sample's tiny
+# tower, docs/serving.md, `python -m perf.client_window`. An .xlarge has two cores, so a GPU's texts end here.
+FRONT_TEXTS_PER_SECOND = 1620
+
 Side = Literal["image", "text"]
 
 
@@ -35,18 +39,27 @@ class Machine:
 
 @dataclass(frozen=True)
 class Gpu:
+    """Of its data sheet: dense fp16 of the tensor cores, and memory. `instance` rents one, where a price is known."""
+
     name: str
-    instance: str
-    price_per_hour: float
-    fp16_tflops: float  # dense, tensor cores, of its data sheet
+    fp16_tflops: float
+    memory_gb_per_s: float
+    instance: str | None = None
+    price_per_hour: float | None = None
 
 
 # Price lists as of mid 2026; look them up before you rely on them.
 GPUS = (
-    Gpu("T4", "g4dn.xlarge", 0.526, 65),
-    Gpu("A10G", "g5.xlarge", 1.006, 70),
-    Gpu("L4", "g6.xlarge", 0.805, 121),
+    Gpu("T4", 65, 320, "g4dn.xlarge", 0.526),
+    Gpu("A10G", 70, 600, "g5.xlarge", 1.006),
+    Gpu("L4", 121, 300, "g6.xlarge", 0.805),
+    Gpu("A100 40 GB", 312, 1555),
+    Gpu("H100 SXM", 989, 3350),
 )
+# Of the peak, for one picture at a time: Chinese-CLIP's 3.58 ms on a T4 are 0.15, and half as much time is hoped for.
+BATCH_1_EFFICIENCY = (0.15, 0.3)
+# Launching what a tower consists of, as a CUDA graph, and copying in and out. Assumed.
+OVERHEAD_MS = 0.2
 # docs/performance.md, `python -m perf.serving`, two cores; a c7i.xlarge has two cores, four hardware threads.
 CPU_FP32 = Machine("2 cores, float32", 0.1785, {"image": 4.23, "text": 80.8}, "measured")
 CPU_INT8 = Machine("2 cores, int8", 0.1785, {"image": 11.6, "text": 198}, "measured")
@@ -73,12 +86,44 @@ def text_flops(spec: ModelSpec, tokens: int) -> float:
 
 def expected(gpu: Gpu, spec: ModelSpec) -> Machine:
     """Large batches, by the peak of the data sheet."""
+    assert gpu.price_per_hour is not None
     usable = gpu.fp16_tflops * 1e12 * ASSUMED_EFFICIENCY
     rates: dict[Side, float] = {
         "image": usable / image_flops(spec),
-        "text": usable / text_flops(spec, USUAL_TOKENS),
+        "text": min(usable / text_flops(spec, USUAL_TOKENS), FRONT_TEXTS_PER_SECOND),
     }
     return Machine(f"{gpu.name} ({gpu.instance}), batches", gpu.price_per_hour, rates, "expected")
+
+
+def weights_gb(spec: ModelSpec, side: Side) -> float:
+    """Of one tower in fp16, as far as every item reads them: not the table of word embeddings."""
+    if side == "text":
+        per_layer = 4 * spec.text.hidden_size**2 + 2 * spec.text.hidden_size * spec.text.intermediate_size
+        return 2 * spec.text.layers * per_layer / 1e9
+    assert isinstance(spec.vision.layers, int)
+    return 2 * spec.vision.layers * 12 * spec.vision.width**2 / 1e9
+
+
+def latency_ms(gpu: Gpu, spec: ModelSpec, side: Side) -> tuple[float, float]:
+    """Least and most for one item alone: the longer of computing and of reading the weights, and the overhead."""
+    flops = image_flops(spec) if side == "image" else text_flops(spec, USUAL_TOKENS)
+    reading = weights_gb(spec, side) / gpu.memory_gb_per_s
+    most, least = (
+        1000 * max(flops / (gpu.fp16_tflops * 1e12 * efficiency), reading) + OVERHEAD_MS
+        for efficiency in BATCH_1_EFFICIENCY
+    )
+    return least, most
+
+
+def latency_table() -> str:
+    """Markdown: milliseconds of one item, expected."""
+    spec = get_spec(ARCHITECTURE)
+    rows = ["| GPU | one picture, ms | one query, ms |", "|---|---|---|"]
+    for gpu in GPUS:
+        spans = (latency_ms(gpu, spec, side) for side in ("image", "text"))
+        cells = (f"{least:.1f}" if most - least < 0.05 else f"{least:.1f} to {most:.1f}" for least, most in spans)
+        rows.append(f"| {gpu.name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def dollars_per_million(machine: Machine, side: Side) -> float:
@@ -94,17 +139,22 @@ def table(machines: list[Machine]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for each in machines:
-        rates = (f"{each.items_per_second[side]:,.3g}" for side in ("image", "text"))
-        costs = (f"{dollars_per_million(each, side):,.3g}" for side in ("image", "text"))
+        rates = (_rounded(each.items_per_second[side]) for side in ("image", "text"))
+        costs = (_rounded(dollars_per_million(each, side)) for side in ("image", "text"))
         rows.append(f"| {each.name} | {each.price_per_hour} | {' | '.join((*rates, *costs))} | {each.source} |")
     return "\n".join(rows)
+
+
+def _rounded(number: float) -> str:
+    """To two digits: none of this is more exact."""
+    return f"{float(f'{number:.2g}'):,g}"
 
 
 def capacity_table() -> str:
     """The table of docs/capacity.md."""
     spec = get_spec(ARCHITECTURE)
-    return table([CPU_FP32, CPU_INT8, T4_BATCH_1, *(expected(gpu, spec) for gpu in GPUS)])
+    return table([CPU_FP32, CPU_INT8, T4_BATCH_1, *(expected(gpu, spec) for gpu in GPUS if gpu.instance)])
 
 
 if __name__ == "__main__":
-    print(capacity_table())
+    print(capacity_table(), latency_table(), sep="\n\n")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from perf.capacity import Machine, capacity_table, dollars_per_million, image_flops, text_flops
+from perf.capacity import Machine, capacity_table, dollars_per_million, image_flops, latency_table, text_flops
 from tuwen.model import ChineseCLIP
 from tuwen.specs import get_spec
 
@@ -14,7 +14,9 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "capacity.md"
 
 
 def test_the_page_shows_what_the_arithmetic_gives() -> None:
-    assert capacity_table() in DOCUMENT.read_text(encoding="utf-8")
+    page = DOCUMENT.read_text(encoding="utf-8")
+    assert capacity_table() in page
+    assert latency_table() in page
 
 
 @pytest.mark.parametrize("architecture", ["ViT-B-16", "ViT-L-14-336"])
