@@ -127,7 +127,7 @@ class _Site:
             "results": results,
             "tags": [{"name": name, "cosine": round(cosine, 6)} for name, cosine in found.tags],
             "truncated": found.is_truncated,
-            "embed_ms": round(found.embed_ms, 2),
+            "embed_ms": None if found.embed_ms is None else round(found.embed_ms, 2),
             "rank_ms": round(found.rank_ms, 2),
         }
 

@@ -29,6 +29,7 @@ class Labels:
     enlarge: str
     more: str
     took: str
+    took_to_rank: str
     truncated: str
     searching: str
     collection: str
@@ -59,6 +60,7 @@ ZH = Labels(
     enlarge="查看“{}”的大图",
     more="显示更多",
     took="编码 {} 毫秒 · 排序 {} 毫秒",
+    took_to_rank="排序 {} 毫秒",
     truncated="查询过长，只用了开头部分。",
     searching="正在搜索…",
     collection="{} 张图片 · 模型 {}",
@@ -98,6 +100,7 @@ EN = Labels(
     enlarge="“{}”, enlarged",
     more="Show more",
     took="embedding {} ms · ranking {} ms",
+    took_to_rank="ranking {} ms",
     truncated="The query was too long; its beginning was used.",
     searching="Searching…",
     collection="{} pictures · model {}",

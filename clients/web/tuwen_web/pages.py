@@ -83,7 +83,9 @@ class Pages:
             asked=asked,
             found=found,
             refusal=refusal,
+            fill=_fill,
             heading=self._heading(asked, found),
+            took=_took(labels, found) if found else "",
             tiles=[self._tile(asked, index, cosine) for index, cosine in found.matches] if found else [],
             more=asked.address(limit=more) if has_more else None,
             examples=self._examples,
@@ -103,13 +105,25 @@ class Pages:
         if asked.is_upload:
             return asked.labels.your_picture
         if asked.similar is not None:
-            return asked.labels.similar_to.replace("{}", self._searcher.picture(asked.similar).name)
-        return asked.labels.results_of.replace("{}", asked.query)
+            return _fill(asked.labels.similar_to, self._searcher.picture(asked.similar).name)
+        return _fill(asked.labels.results_of, asked.query)
 
     def _tile(self, asked: Asked, index: int, cosine: float) -> Tile:
         picture = self._searcher.picture(index)
         address = picture_address(index, version_of(picture))
         return Tile(picture.name, cosine, address, f"{address}&size=large", asked.address(similar=index))
+
+
+def _fill(label: str, *values: object) -> str:
+    """A label with values for its {}; a value may hold braces of its own."""
+    parts = label.split("{}")
+    return "".join(part for pair in zip(parts, [*map(str, values), ""], strict=True) for part in pair)
+
+
+def _took(labels: Labels, found: Found) -> str:
+    if found.embed_ms is None:
+        return _fill(labels.took_to_rank, f"{found.rank_ms:.1f}")
+    return _fill(labels.took, f"{found.embed_ms:.1f}", f"{found.rank_ms:.1f}")
 
 
 def picture_address(index: int, version: str) -> str:

@@ -40,7 +40,7 @@ class Found:
         matches: index of a picture, and its cosine to the query, best first.
         tags: names that fit a picture best, with cosine; none for a text.
         is_truncated: whether the query was longer than the model reads.
-        embed_ms: what the server took; 0 where the vector was there.
+        embed_ms: what the server took; None where the vector was there.
         rank_ms: what comparing it with every picture took.
     """
 
@@ -49,7 +49,7 @@ class Found:
     matches: Sequence[tuple[int, float]]
     tags: Sequence[tuple[str, float]]
     is_truncated: bool
-    embed_ms: float
+    embed_ms: float | None
     rank_ms: float
 
 
@@ -206,7 +206,7 @@ class Searcher:
             vector = gallery.vector_of(index)
             if vector is None:
                 raise Refusal("not_found", f"picture {index} could not be embedded")
-            return await _ranked(gallery, vector, limit, 0.0, _NUM_TAGS)
+            return await _ranked(gallery, vector, limit, None, _NUM_TAGS)
 
     def _now(self) -> tuple[AsyncClient, Gallery]:
         if self._served is None:
@@ -236,7 +236,7 @@ class Searcher:
 
 
 async def _ranked(
-    gallery: Gallery, vector: Rows, limit: int, embed_ms: float, num_tags: int, is_truncated: bool = False
+    gallery: Gallery, vector: Rows, limit: int, embed_ms: float | None, num_tags: int, is_truncated: bool = False
 ) -> Found:
     """In a thread: a million pictures take a tenth of a second."""
     started_at = time.perf_counter()
