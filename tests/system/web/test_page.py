@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.system.conftest import some_ports
-from tests.web.conftest import HOSTILE_NAME, Site, site
+from tests.system.web.conftest import HOSTILE_NAME, Site, site
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")
 expect = sync_api.expect
