@@ -160,6 +160,7 @@ def test_an_error_is_one_line_on_stderr(tmp_path: Path) -> None:
         ("bench run nowhere.toml --serve", "nowhere.toml: there is no such scenario; those kept are image, mixed"),
         ("bench compare nowhere nowhere", "nowhere: there is no such summary; `tuwen bench run` writes one"),
         ("bench towers --checkpoint nowhere", "nowhere: there is no such checkpoint"),
+        ("web --images nowhere", "nowhere: there is no such folder"),
         ("features --data nowhere --out out", "the torch engine needs a checkpoint: --checkpoint DIR"),
         ("features --data nowhere --out out --checkpoint nowhere", "nowhere: there is no such checkpoint"),
         ("bench towers", "give one of --checkpoint and --architecture"),

@@ -64,8 +64,8 @@ def web(
 
         asyncio.run(until_stopped())
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server has its own: what was begun is ended
     collection = _collection(images)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server has its own: what was begun is ended
     try:
         with listen(host, port) as listener, embedded_server(repository) if start_server else nullcontext() as started:
             serve(started.grpc if started else url, listener)
