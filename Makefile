@@ -12,13 +12,13 @@ QUERIES := 墨镜 生日蛋糕 红色的心 吃的水果 哭泣的猫 时钟
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv
 
-.venv/.serve: .venv/bin/pip pyproject.toml clients/python/pyproject.toml constraints.txt
+.venv/.serve: .venv/bin/pip pyproject.toml clients/python/pyproject.toml clients/web/pyproject.toml constraints.txt
 	$(PIP) torch==2.13.0
-	$(PIP) --editable '.[serve,build]' --editable clients/python
+	$(PIP) --editable '.[serve,build]' --editable clients/python --editable clients/web
 	@touch $@
 
 .venv/.dev: .venv/.serve
-	$(PIP) --editable '.[serve,build,bench,train,eval,ray,dev]' --editable clients/python
+	$(PIP) --editable '.[serve,build,bench,train,eval,ray,dev]' --editable clients/python --editable clients/web
 	@# Without its dependencies: torchvision does not import beside a CPU build of torch, and the tests stub it.
 	$(PIP) --no-deps cn-clip==1.6.0
 	@# 18 MB, a few seconds. Where it cannot be had, the tests that need it are skipped and say so.
