@@ -6,7 +6,7 @@ tuwen export gallery --checkpoint samples/emoji_tiny --images samples/emoji_cn/v
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +24,14 @@ FILE_NAME = "gallery.safetensors"
 def write_gallery(
     model: ChineseCLIP,
     names: Sequence[str],
-    pictures: Sequence[bytes],
+    pictures: Iterable[bytes],
     out: Path,
     on_batch: Callable[[int], None] | None = None,
 ) -> Path:
     """Write `out`/gallery.safetensors: `image_embeds` float32 (N, D), and `names` and `fingerprint` as metadata.
 
     Args:
-        pictures: the encoded files, one for each name.
+        pictures: the encoded files, one for each name; each is read when its turn comes.
         on_batch: hears how many are done.
     Raises:
         InvalidInput: no picture, or one that cannot be decoded, by name.

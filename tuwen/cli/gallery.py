@@ -16,6 +16,8 @@ def export_gallery(
     out: Out = Path("dist/ios"),
 ) -> None:
     """Embed pictures for an app: their names and vectors in one file, gallery.safetensors."""
+    from tuwen_client.images import encode_image_file
+
     from builders.ios_gallery import write_gallery
     from tuwen.checkpoint import load_checkpoint
     from tuwen.cli.search import gallery
@@ -26,7 +28,7 @@ def export_gallery(
         path = write_gallery(
             model,
             [picture.name for picture in pictures],
-            [picture.encoded() for picture in pictures],
+            (encode_image_file(picture.source) for picture in pictures),
             out,
             lambda done: report(done, len(pictures)),
         )

@@ -14,7 +14,8 @@ struct SearchView: View {
                     Text(message).foregroundStyle(.secondary).padding()
                 }
                 LazyVGrid(columns: columns, spacing: 12) {
-                    ForEach(model.matches, id: \.name) { match in
+                    // By rank: two pictures of a gallery may have one name.
+                    ForEach(Array(model.matches.enumerated()), id: \.offset) { _, match in
                         Picture(match: match)
                     }
                 }
