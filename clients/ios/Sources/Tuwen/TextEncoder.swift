@@ -22,7 +22,7 @@ public final class TextEncoder: @unchecked Sendable {  // MLModel predicts from 
     /// - Throws: `TuwenError` for a text that is blank or too long; whatever Core ML throws.
     public func encode(_ text: String) throws -> [Float] {
         let encoding = try tokenizer.encode(text, contextLength: card.contextLength)
-        let padded = try tokenizer.pad(encoding.inputIDs, toOneOf: card.textLengths)
+        let padded = try tokenizer.pad(encoding.inputIDs, toOneOf: card.textBuckets)
         let inputIDs = try MLMultiArray(shape: [1, NSNumber(value: padded.count)], dataType: .int32)
         for (index, id) in padded.enumerated() { inputIDs[index] = NSNumber(value: id) }
         let input = try MLDictionaryFeatureProvider(dictionary: ["input_ids": MLFeatureValue(multiArray: inputIDs)])

@@ -7,8 +7,8 @@ final class ModelCardTests: XCTestCase {
         let card = try ModelCard(json: resource("model.json"))
         XCTAssertGreaterThan(card.resolution, 0)
         XCTAssertGreaterThan(card.embedDim, 0)
-        XCTAssertEqual(card.textLengths, card.textLengths.sorted())
-        XCTAssertEqual(card.textLengths.last, card.contextLength)
+        XCTAssertEqual(card.textBuckets, card.textBuckets.sorted())
+        XCTAssertEqual(card.textBuckets.last, card.contextLength)
         XCTAssertNotNil(UInt64(card.fingerprint))
     }
 
