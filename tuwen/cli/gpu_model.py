@@ -10,6 +10,7 @@ from tuwen.cli.console import stderr, stdout
 
 if TYPE_CHECKING:
     from builders.gpu_build import GpuBuildResult
+    from tuwen.cli.model import Precision
 
 
 def build_for_gpu(
@@ -17,7 +18,7 @@ def build_for_gpu(
     name: str | None,
     repository: Path,
     model_version: int,
-    precision: str | None,
+    precision: Precision | None,
     compatible: tuple[bool, bool],
     if_changed: bool,
     as_json: bool,
