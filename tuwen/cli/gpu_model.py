@@ -32,17 +32,9 @@ def build_for_gpu(
     from builders.tensorrt_plan import PlanOptions
 
     options = PlanOptions(*compatible)
+    wanted: PlanPrecision = DEFAULT_PRECISION if precision is None else precision.value
     with stderr.status("building") as status:
-        result = build_gpu(
-            checkpoint,
-            name,
-            repository,
-            model_version,
-            status.update,
-            precision or DEFAULT_PRECISION,
-            options,
-            if_changed,
-        )
+        result = build_gpu(checkpoint, name, repository, model_version, status.update, wanted, options, if_changed)
     if as_json:
         print(json.dumps(_to_json(result)))
     elif result.is_current:
