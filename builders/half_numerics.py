@@ -1,8 +1,8 @@
 """What a low-precision tower computes, measured on the CPU: parity with PyTorch, magnitudes, and where it overflows.
 
 ONNX Runtime has hardly any float16 kernels for the CPU and none for bfloat16: it would run whole chains of operators in
-float32. So a twin of the graph is run instead, in float32, that rounds each weight and each operator's output explicitly.
-It is what a GPU does that multiplies in the low precision and adds up in float32.
+float32. So a twin of the graph is run instead, in float32, that rounds each weight and each operator's output. It is
+what a GPU does that multiplies in the low precision and adds up in float32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from builders.onnx_export import TowerKind
-from builders.parity import Parity, measure_parity, open_session
+from builders.parity import NUM_REAL, Parity, measure_parity, open_session
 from builders.reduced_precision import DTYPES, FLOAT32, MOVES, load_graph, save_graph
 from tuwen.model import ChineseCLIP
 
@@ -38,7 +38,9 @@ class Activation:
     largest: float
 
 
-def measure_half_parity(model: ChineseCLIP, kind: TowerKind, half_path: Path, fingerprint: int) -> Parity:
+def measure_half_parity(
+    model: ChineseCLIP, kind: TowerKind, half_path: Path, fingerprint: int, num_real: int = NUM_REAL
+) -> Parity:
     """Low precision against PyTorch's float32; the bound is MIN_HALF_COSINE.
 
     Raises:
@@ -47,7 +49,7 @@ def measure_half_parity(model: ChineseCLIP, kind: TowerKind, half_path: Path, fi
     with tempfile.TemporaryDirectory() as folder:
         twin = Path(folder, half_path.name)
         write_twin(half_path, twin)
-        return measure_parity(model, kind, twin, fingerprint, optimise=False)
+        return measure_parity(model, kind, twin, fingerprint, num_real, optimise=False)
 
 
 def write_twin(half_path: Path, out_path: Path) -> None:
