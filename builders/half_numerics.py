@@ -31,11 +31,12 @@ Feed = Mapping[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True)
 class Activation:
-    """What one node computed: the largest magnitude, nan if it holds a NaN."""
+    """What one node computed: the largest magnitude, nan if it holds a NaN; and whether in a low precision."""
 
     node: str
     op: str
     largest: float
+    is_half: bool
 
 
 def measure_half_parity(
@@ -75,6 +76,7 @@ def measure_activations(onnx_path: Path, feed: Feed) -> list[Activation]:
     """The largest magnitude that each node of floats computes of this input, in the order of computation."""
     graph = load_graph(onnx_path).toposort()
     tapped = [(node, node.outputs[0]) for node in graph.nodes if node.op not in MOVES and _is_float(node.outputs[0])]
+    is_half = [_half_type(tensor) is not None for _, tensor in tapped]
     _to_twin(graph)
     for _, tensor in tapped:
         _tap(graph, tensor)
@@ -83,10 +85,10 @@ def measure_activations(onnx_path: Path, feed: Feed) -> list[Activation]:
         save_graph(graph, Path(folder, onnx_path.name))
         results = open_session(Path(folder, onnx_path.name), optimise=False).run(None, dict(feed))
     # The largest passes over NaN, the sum does not.
-    pairs = zip(tapped, results[::2], results[1::2], strict=True)
+    found = zip(tapped, results[::2], results[1::2], is_half, strict=True)
     return [
-        Activation(node.name, node.op, math.nan if math.isnan(total) else float(largest))
-        for (node, _), largest, total in pairs
+        Activation(node.name, node.op, math.nan if math.isnan(total) else float(largest), half)
+        for (node, _), largest, total, half in found
     ]
 
 

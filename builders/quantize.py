@@ -84,29 +84,36 @@ def quantize_tower(onnx_path: Path, int8_path: Path) -> None:
 
 
 def measure_cost(
-    fp32: dict[TowerKind, Path], int8: dict[TowerKind, Path], resolution: int, context_length: int
+    fp32: dict[TowerKind, Path],
+    int8: dict[TowerKind, Path],
+    resolution: int,
+    context_length: int,
+    optimise: bool = True,
 ) -> QuantizationCost:
     """Embed part of Emoji-CN with both precisions.
 
     Args:
         resolution: of pixel_values.
         context_length: longest text in tokens.
+        optimise: whether ONNX Runtime may rewrite the graphs.
     """
     pairs = open_pairs(SAMPLES_DIR, "valid")
     step = -(-len(pairs.image_ids) // MAX_GATE_IMAGES)
     image_ids = list(pairs.image_ids)[::step]
     texts = [record for record in pairs.texts if set(record.image_ids) & set(image_ids)]
     feeds = {"image": _image_feeds(pairs, image_ids, resolution), "text": _text_feeds(texts, context_length)}
-    embeds = {kind: _embed_with_both(feeds[kind], fp32[kind], int8[kind]) for kind in TOWERS}
+    embeds = {kind: _embed_with_both(feeds[kind], [fp32[kind], int8[kind]], optimise) for kind in TOWERS}
     relevant = np.array([[one in record.image_ids for one in image_ids] for record in texts])
     recalls = [recall_at_k(embeds["text"][which] @ embeds["image"][which].T, relevant, RECALL_K) for which in range(2)]
     cosines = {kind: float((a * b).sum(axis=1).min()) for kind, (a, b) in embeds.items()}
     return QuantizationCost(cosines, recalls[1], recalls[0], len(image_ids), len(texts))
 
 
-def _embed_with_both(feeds: Iterator[dict[str, npt.NDArray[Any]]], *paths: Path) -> tuple[Embeds, ...]:
+def _embed_with_both(
+    feeds: Iterator[dict[str, npt.NDArray[Any]]], paths: list[Path], optimise: bool
+) -> tuple[Embeds, ...]:
     """(N, D) of each file, over the same input."""
-    sessions = [open_session(path) for path in paths]
+    sessions = [open_session(path, optimise) for path in paths]
     rows = [[session.run([session.get_outputs()[0].name], feed)[0] for session in sessions] for feed in feeds]
     return tuple(np.concatenate(batches) for batches in zip(*rows, strict=True))
 

@@ -105,8 +105,8 @@ def _one_feed(model: ChineseCLIP, kind: TowerKind) -> Feed:
 
 
 def _largest(path: Path, feed: Feed) -> Activation:
-    """Of all but the final normalisation, which is float32."""
-    return max(measure_activations(path, feed), key=lambda each: each.largest)
+    """Of what is computed in the low precision."""
+    return max((each for each in measure_activations(path, feed) if each.is_half), key=lambda each: each.largest)
 
 
 def _sample() -> ChineseCLIP:
