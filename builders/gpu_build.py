@@ -27,7 +27,8 @@ from builders.half_numerics import first_overflow
 from builders.onnx_export import TOWERS, TowerKind
 from builders.plan_gate import Feed, PlanParity, PlanPrecision, Run, gate_batches, measure_plan
 from builders.plan_runner import open_plan
-from builders.quantize import MAX_RECALL_LOSS, Embed, calibration_feeds, measure_cost, open_embed
+from builders.quantize import MAX_RECALL_LOSS, Embed, measure_cost, open_embed
+from builders.quantize_dequantize import write_quantized
 from builders.reduced_precision import write_half
 from builders.tensorrt_plan import (
     AMPERE,
@@ -195,9 +196,7 @@ def reduce_tower(onnx_path: Path, out_path: Path, kind: TowerKind, spec: ModelSp
     if precision == "fp16" or precision == "bf16":
         write_half(onnx_path, out_path, precision)
     else:
-        from builders.quantize_dequantize import write_quantized
-
-        write_quantized(onnx_path, out_path, kind, spec, precision, calibration_feeds(spec, kind))
+        write_quantized(onnx_path, out_path, kind, spec, precision)
     return out_path
 
 

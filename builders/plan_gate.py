@@ -19,7 +19,7 @@ import torch
 
 from builders.configs import MAX_BATCH_SIZE
 from builders.onnx_export import TowerKind
-from builders.parity import Batch, open_session, parity_batches
+from builders.parity import Batch, open_session, tower_batches
 from builders.tensorrt_plan import PlanFailed
 from tuwen.model import ChineseCLIP
 from tuwen.tokenizer import pack_rows
@@ -53,7 +53,7 @@ class PlanParity:
 @torch.inference_mode()
 def gate_batches(model: ChineseCLIP, kind: TowerKind) -> list[Batch]:
     """What the ONNX was measured with, one by one and in few, and all of it together as a full batch."""
-    batches = list(parity_batches(model, kind))
+    batches = list(tower_batches(model, kind))
     return [*batches, _full_batch(kind, batches)]
 
 

@@ -21,7 +21,6 @@ from builders.parity import SAMPLES_DIR, open_session
 from tuwen.data.pairs import PairSet, TextRecord, open_pairs
 from tuwen.image_transform import preprocess_image
 from tuwen.retrieval import recall_at_k
-from tuwen.specs import ModelSpec
 from tuwen.tokenizer import default_tokenizer, normalize_text, pack_rows
 
 MIN_COSINE = 0.999
@@ -29,7 +28,6 @@ MAX_RECALL_LOSS = 0.005
 RECALL_K = 10
 # Of Emoji-CN's held-out style: every second or third picture with all its captions. A base tower takes two minutes.
 MAX_GATE_IMAGES = 640
-CALIBRATION_ITEMS = 128  # of each tower; ranges of activations settle long before
 _BATCH_SIZE = 32
 
 Embeds = npt.NDArray[np.float32]
@@ -109,20 +107,9 @@ def measure_cost(
     return QuantizationCost(cosines, recalls[1], recalls[0], len(image_ids), len(texts))
 
 
-def calibration_feeds(spec: ModelSpec, kind: TowerKind) -> Iterator[dict[str, npt.NDArray[Any]]]:
-    """Real input to take the ranges of activations from: pictures and captions, few of them the gate's."""
-    pairs = open_pairs(SAMPLES_DIR, "valid")
-    if kind == "image":
-        image_ids = list(pairs.image_ids)
-        return _image_feeds(pairs, image_ids[1 :: len(image_ids) // CALIBRATION_ITEMS], spec.vision.resolution)
-    texts = list(pairs.texts)
-    longest = min(spec.context_length, spec.text.max_positions)
-    return _text_feeds(texts[1 :: len(texts) // CALIBRATION_ITEMS], longest)
-
-
-def open_embed(onnx_path: Path) -> Embed:
+def open_embed(onnx_path: Path, optimise: bool = True) -> Embed:
     """A tower on ONNX Runtime: a feed -> embeddings (B, D)."""
-    session = open_session(onnx_path)
+    session = open_session(onnx_path, optimise)
     name = session.get_outputs()[0].name
 
     def embed(feed: dict[str, npt.NDArray[Any]]) -> Embeds:

@@ -37,7 +37,7 @@ def write_half(onnx_path: Path, out_path: Path, dtype: HalfType) -> None:
     if dtype not in get_args(HalfType):
         raise ExportFailed(f"precision {dtype}: expected {' or '.join(get_args(HalfType))}")
     graph = load_graph(onnx_path)
-    _check_types(graph, onnx_path)
+    check_types(graph, onnx_path)
     cast_graph(graph, DTYPES[dtype], half_nodes(graph, DTYPES[dtype]))
     if dtype == "bf16":
         graph.opset = BF16_OPSET
@@ -132,7 +132,7 @@ def _downstream(nodes: list[gs.Node]) -> set[str]:
     return found
 
 
-def _check_types(graph: gs.Graph, onnx_path: Path) -> None:
+def check_types(graph: gs.Graph, onnx_path: Path) -> None:
     """Casting by type needs one for each tensor, and a name for each node."""
     names = [node.name for node in graph.nodes]
     if len(set(names)) != len(names) or "" in names:

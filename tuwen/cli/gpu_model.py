@@ -10,6 +10,7 @@ from tuwen.cli.console import stderr, stdout
 
 if TYPE_CHECKING:
     from builders.gpu_build import GpuBuildResult
+    from builders.plan_gate import PlanPrecision
     from tuwen.cli.model import Precision
 
 
