@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from builders.onnx_export import ExportFailed, save_proto
 
@@ -46,6 +47,7 @@ def write_half(onnx_path: Path, out_path: Path, dtype: HalfType) -> None:
 
 
 def load_graph(onnx_path: Path) -> gs.Graph:
+    G_LOGGER.severity = G_LOGGER.ERROR  # it warns that numpy has no bfloat16; ml_dtypes has
     return gs.import_onnx(onnx.load(onnx_path))
 
 
