@@ -106,7 +106,8 @@ def fits(values: npt.NDArray[np.float32], dtype: np.dtype) -> bool:
 def _cast(graph: gs.Graph, tensor: gs.Tensor, dtype: np.dtype) -> gs.Tensor:
     name = f"{tensor.name}_{dtype.name}"
     if isinstance(tensor, gs.Constant):
-        return gs.Constant(name, tensor.values.astype(dtype))
+        with np.errstate(over="ignore"):  # who chose the nodes chose this
+            return gs.Constant(name, tensor.values.astype(dtype))
     cast = gs.Variable(name, dtype, tensor.shape)
     to = int(onnx.helper.np_dtype_to_tensor_dtype(dtype))
     graph.nodes.append(gs.Node("Cast", f"cast_{name}", {"to": to}, [tensor], [cast]))

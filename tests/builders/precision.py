@@ -1,4 +1,4 @@
-"""The sample's towers as float32 ONNX, made once, and a TensorRT that builds without a GPU."""
+"""A TensorRT that builds without a GPU."""
 
 from __future__ import annotations
 
@@ -7,21 +7,8 @@ from types import ModuleType
 
 import pytest
 
-from builders.onnx_export import TOWERS, TowerKind, export_tower
-from tuwen.checkpoint import load_checkpoint
-from tuwen.model import ChineseCLIP
+from perf.tensorrt_tower import profile_shapes
 from tuwen.specs import ModelSpec
-
-SAMPLE = Path(__file__).parents[2] / "samples" / "emoji_tiny"
-FINGERPRINT = 7
-
-
-def export_sample(folder: Path) -> tuple[ChineseCLIP, dict[TowerKind, Path]]:
-    model = load_checkpoint(SAMPLE)
-    paths: dict[TowerKind, Path] = {kind: folder / f"{kind}.onnx" for kind in TOWERS}
-    for kind, path in paths.items():
-        export_tower(model, kind, FINGERPRINT, path)
-    return model, paths
 
 
 def tensorrt_rtx() -> ModuleType:
@@ -31,8 +18,6 @@ def tensorrt_rtx() -> ModuleType:
 
 def build_strongly_typed(path: Path, spec: ModelSpec) -> int:
     """Size of the engine for SM89, the first with fp8; fails with TensorRT's reason."""
-    from perf.tensorrt_tower import profile_shapes
-
     trt = tensorrt_rtx()
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)

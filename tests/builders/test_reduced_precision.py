@@ -16,7 +16,8 @@ from builders.half_numerics import MIN_HALF_COSINE, first_overflow, measure_acti
 from builders.onnx_export import TOWERS, ExportFailed, TowerKind, export_tower
 from builders.parity import measure_parity, open_session
 from builders.reduced_precision import HalfType, write_half
-from tests.builders.precision import FINGERPRINT, build_strongly_typed, export_sample
+from tests.builders.conftest import FINGERPRINT
+from tests.builders.precision import build_strongly_typed
 from tests.conftest import SMALL_SPECS, random_model
 from tuwen.model import ChineseCLIP
 from tuwen.tokenizer import default_tokenizer, pack_rows
@@ -26,11 +27,6 @@ HALF_NUMBERS: dict[HalfType, int] = {"fp16": TensorProto.FLOAT16, "bf16": Tensor
 MIN_COSINE: dict[HalfType, float] = {"fp16": MIN_HALF_COSINE, "bf16": 0.999}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> tuple[ChineseCLIP, dict[TowerKind, Path]]:
-    return export_sample(tmp_path_factory.mktemp("fp32"))
 
 
 @pytest.fixture(params=[(kind, dtype) for kind in TOWERS for dtype in HALF_NUMBERS], ids="-".join)
