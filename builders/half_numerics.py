@@ -104,10 +104,13 @@ def _tap(graph: gs.Graph, tensor: gs.Tensor) -> None:
 
 def _to_twin(graph: gs.Graph) -> None:
     """Make float32 of a low-precision graph in place, its roundings as casts there and back."""
+    constants: dict[str, gs.Constant] = {}  # one may serve several nodes
     for node in list(graph.nodes):
         for index, tensor in enumerate(node.inputs):
             if isinstance(tensor, gs.Constant) and _half_type(tensor):
-                node.inputs[index] = gs.Constant(tensor.name, tensor.values.astype(np.float32))
+                if tensor.name not in constants:
+                    constants[tensor.name] = gs.Constant(tensor.name, tensor.values.astype(np.float32))
+                node.inputs[index] = constants[tensor.name]
         for tensor in node.outputs:
             half = _half_type(tensor)
             if half is None:

@@ -40,21 +40,16 @@ _LEAST_SCALE = np.float16(2**-24)  # the least that float16 has: a channel of ze
 
 @dataclass(frozen=True)
 class _Format:
-    """A quantised type, its largest number, and the share of magnitudes that a scale covers, in percent.
-
-    int8 has 127 equal steps, so a few outliers would cost all others theirs and are clipped instead; fp8's steps are
-    relative, so it covers the largest.
-    """
+    """A quantised type, its largest number, and whether weights have a scale per output channel."""
 
     dtype: np.dtype
     largest: float
-    percentile: float
     per_channel: bool
 
 
 _FORMATS: dict[QuantizedType, _Format] = {
-    "int8": _Format(np.dtype(np.int8), 127.0, 99.99, per_channel=True),
-    "fp8": _Format(np.dtype(ml_dtypes.float8_e4m3fn), 448.0, 100.0, per_channel=False),
+    "int8": _Format(np.dtype(np.int8), 127.0, per_channel=True),
+    "fp8": _Format(np.dtype(ml_dtypes.float8_e4m3fn), 448.0, per_channel=False),
 }
 
 
@@ -80,7 +75,7 @@ def write_quantized(
     check_types(graph, onnx_path)
     half = half_nodes(graph, _HALF)
     products = _weighted_products(graph, half)
-    ranges = _calibrate(onnx_path, products, feeds or calibration_feeds(spec, kind), format.percentile)
+    ranges = _calibrate(onnx_path, products, feeds or calibration_feeds(spec, kind))
     weights = {node.name: _quantized_weight(node, format) for node in products}
     activations = {node.name: node.inputs[0].name for node in products}
     cast_graph(graph, _HALF, half)
@@ -127,8 +122,12 @@ def _weighted_products(graph: gs.Graph, half: set[str]) -> list[gs.Node]:
     return [node for node in products[:-1] if node.inputs[0].name != "pixel_values"]
 
 
-def _calibrate(onnx_path: Path, products: list[gs.Node], feeds: Iterable[Feed], percentile: float) -> dict[str, float]:
-    """Of each product's activation: the largest, over the feeds, of that percentile of its magnitudes in a feed."""
+def _calibrate(onnx_path: Path, products: list[gs.Node], feeds: Iterable[Feed]) -> dict[str, float]:
+    """The largest magnitude of each product's activation.
+
+    Clipping the largest 0.1, 0.01 or 0.001 percent instead was tried on the sample in int8; worst cosine of texts and
+    pictures 0.991 and 0.995, 0.9986 and 0.994, 0.9987 and 0.995; with the maximum 0.9989 and 0.996.
+    """
     names = list(dict.fromkeys(node.inputs[0].name for node in products))
     graph = load_graph(onnx_path)
     tensors = graph.tensors()
@@ -141,7 +140,7 @@ def _calibrate(onnx_path: Path, products: list[gs.Node], feeds: Iterable[Feed], 
         for feed in feeds:
             values = session.run(names, {name: value for name, value in feed.items() if name in wanted})
             for name, value in zip(names, values, strict=True):
-                ranges[name] = max(ranges[name], float(np.percentile(np.abs(value), percentile)))
+                ranges[name] = max(ranges[name], float(np.abs(value).max(initial=0.0)))
     unseen = [name for name, largest in ranges.items() if not 0 < largest < np.inf]
     if unseen:
         raise ExportFailed(f"{onnx_path.name}: calibration saw no finite number in {unseen[0]}; give it real input")
