@@ -1,37 +1,24 @@
-"""A TensorRT that builds without a GPU."""
+"""A low-precision graph through TensorRT's parser and builder, which need no GPU."""
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
-from types import ModuleType
 
-import pytest
+import onnx
 
-from perf.tensorrt_tower import profile_shapes
+from builders.onnx_export import INPUT_NAMES, TowerKind
+from builders.tensorrt_plan import ComputeCapability, PlanOptions, build_plan, profile_shapes
+from tests.builders.gpu import tensorrt_rtx
 from tuwen.specs import ModelSpec
 
-
-def tensorrt_rtx() -> ModuleType:
-    """Its parser and builder need no GPU."""
-    return pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx, which builds engines without a GPU")
+ADA = ComputeCapability(8, 9)  # the first with fp8
 
 
 def build_strongly_typed(path: Path, spec: ModelSpec) -> int:
-    """Size of the engine for SM89, the first with fp8; fails with TensorRT's reason."""
-    trt = tensorrt_rtx()
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    assert parser.parse_from_file(str(path)), [parser.get_error(each).desc() for each in range(parser.num_errors)]
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
-    profile = builder.create_optimization_profile()
-    names = [network.get_input(each).name for each in range(network.num_inputs)]
-    for name, shapes in profile_shapes(spec, names).items():
-        profile.set_shape(name, *shapes)
-    config.add_optimization_profile(profile)
-    plan = builder.build_serialized_network(network, config)
-    assert plan is not None
-    return int(plan.nbytes)
+    """Size of the engine; fails with TensorRT's reason."""
+    inputs = [one.name for one in onnx.load(path, load_external_data=False).graph.input]
+    kind: TowerKind = "text" if inputs == INPUT_NAMES["text"] else "image"
+    with tempfile.TemporaryDirectory() as folder:
+        options = PlanOptions(target=ADA)
+        return build_plan(tensorrt_rtx(), path, Path(folder, "plan"), profile_shapes(spec, kind), options).size_bytes

@@ -12,7 +12,7 @@ from onnx import TensorProto
 
 from builders.half_numerics import write_twin
 from builders.onnx_export import TOWERS, ExportFailed, TowerKind
-from builders.quantize import MAX_RECALL_LOSS, QuantizationCost, measure_cost
+from builders.quantize import MAX_RECALL_LOSS, QuantizationCost, measure_cost, open_embed
 from builders.quantize_dequantize import QuantizedType, calibration_feeds, write_quantized
 from tests.builders.precision import build_strongly_typed
 from tests.shapes import shape_pairs, write_pairs
@@ -73,7 +73,8 @@ def test_the_cost_on_emoji_cn(quantized, sample, tmp_path: Path) -> None:
     twins = {kind: tmp_path / f"{kind}.onnx" for kind in TOWERS}
     for kind, path in quantized[1].items():
         write_twin(path, twins[kind])
-    cost = measure_cost(fp32, twins, model.spec.vision.resolution, model.spec.text.max_positions, optimise=False)
+    exact, low = ({kind: open_embed(paths[kind], optimise=False) for kind in TOWERS} for paths in (fp32, twins))
+    cost = measure_cost(exact, low, model.spec.vision.resolution, model.spec.text.max_positions)
     assert isinstance(cost, QuantizationCost)
     assert all(cost.min_cosine[kind] >= MIN_COSINE[kind] for kind in TOWERS), cost
     assert cost.recall_at_10 >= cost.recall_at_10_fp32 - MAX_RECALL_LOSS, cost
