@@ -124,23 +124,36 @@ def build_gpu(
     on_stage("writing the preprocessing pipeline")
     _write_pipeline(cpu.resolution, pipeline)
     options = _complete(options, repository, gpu)
-    model = load_checkpoint(checkpoint)
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=repository) as staging_name:
+    plans = _build_plans(load_checkpoint(checkpoint), cpu.place, precision, gpu, options, expected, on_stage)
+    return GpuBuildResult(cpu, plan_name, plans)
+
+
+def _build_plans(
+    model: ChineseCLIP,
+    place: Place,
+    precision: PlanPrecision,
+    gpu: Gpu,
+    options: PlanOptions,
+    expected: dict[TowerKind, Record],
+    on_stage: OnStage,
+) -> dict[TowerKind, Record]:
+    """Build, measure and place both; returns their records, which are the expected ones with what was measured."""
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=place.repository) as staging_name:
         records: dict[TowerKind, Record] = {}
         for kind in TOWERS:
             folder = Path(staging_name, kind)
             folder.mkdir()
-            measured = _build_tower(model, kind, cpu.place, precision, gpu, options, folder, on_stage)
+            measured = _build_tower(model, kind, place, precision, gpu, options, folder, on_stage)
             records[kind] = expected[kind] | measured
         if precision in ("int8", "fp8"):
             on_stage(f"comparing {precision} with float32 on Emoji-CN")
-            cost = _check_recall(model.spec, cpu.place, precision, gpu, Path(staging_name))
+            cost = _check_recall(model.spec, place, precision, gpu, Path(staging_name))
             records = {kind: record | {"against_fp32": cost} for kind, record in records.items()}
         on_stage("placing")
         for kind, record in records.items():
             plan = Path(staging_name, kind, _PLAN)
-            _place(plan, record, cpu.place.tower_dir(kind), _names(gpu.capability, options))
-    return GpuBuildResult(cpu, plan_name, records)
+            _place(plan, record, place.tower_dir(kind), _names(gpu.capability, options))
+    return records
 
 
 def _check_precision(precision: PlanPrecision, capability: ComputeCapability) -> None:
@@ -177,9 +190,9 @@ def _build_tower(
     on_stage: OnStage,
 ) -> Record:
     """Reduce, build and measure one tower in `folder`; what was measured goes into its record."""
-    onnx_path, reduced = place.tower_dir(kind) / "model.onnx", folder / _ONNX
+    onnx_path = place.tower_dir(kind) / "model.onnx"
     on_stage(f"casting the {kind} tower to {precision}")
-    reduced = reduce_tower(onnx_path, reduced, kind, model.spec, precision)
+    reduced = reduce_tower(onnx_path, folder / _ONNX, kind, model.spec, precision)
     on_stage(f"building the {kind} tower's plan for {gpu.capability.sm}, minutes for a large one")
     built = build_plan(gpu.trt, reduced, folder / _PLAN, profile_shapes(model.spec, kind), options)
     on_stage(f"comparing the {kind} tower's plan with PyTorch and ONNX Runtime")
