@@ -144,6 +144,7 @@ def test_an_error_is_one_line_on_stderr(tmp_path: Path) -> None:
             "build --checkpoint nowhere --precision fp16",
             "--precision fp16: a CPU model is fp32 or int8; for others give",
         ),
+        ("build --checkpoint nowhere --profile gpu --tune", "--tune measures the CPU model: leave it out, or take"),
         ("build --checkpoint nowhere --hardware-compatible", "--version-compatible and --hardware-compatible are of"),
         ("build --checkpoint nowhere --repository served --profile gpu", "nowhere: there is no such checkpoint"),
         ("render --check --repository nowhere", "nowhere: tokenize_text/config.pbtxt, "),

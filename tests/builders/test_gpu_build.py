@@ -16,6 +16,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from builders.build import build
 from builders.build_record import find_current
@@ -26,6 +27,7 @@ from builders.tensorrt_plan import ComputeCapability, PlanFailed, PlanOptions
 from tests.builders.gpu import absent_gpu, run_reduced_onnx
 from tests.conftest import SMALL_SPECS, random_model
 from tuwen.checkpoint import load_checkpoint, save_checkpoint
+from tuwen.cli import app
 from tuwen.errors import InvalidInput, MissingDependency
 from tuwen.model import ChineseCLIP
 
@@ -158,12 +160,15 @@ def test_new_weights_drop_the_plans_of_the_old(built: Path) -> None:
 
 
 def test_a_current_cpu_model_is_not_built_again(built: Path) -> None:
-    """Told by its record: as built, and no more once a tower's file is gone."""
+    """Told by its record: as built, and no more once a tower's file is gone. The command says so in one line."""
     before = tree(built / "served")
     result = build(built / "model", None, built / "served", if_changed=True)
     assert result.is_current
     assert result.parity["text"].num_items >= 16
     assert tree(built / "served") == before
+    command = f"build --checkpoint {built / 'model'} --repository {built / 'served'} --if-changed"
+    told = CliRunner().invoke(app, command.split())
+    assert (told.exit_code, told.stdout) == (0, f"{built / 'served'}/small_vit, version 1: current, nothing was made\n")
     asked = (built / "model", None, built / "served", 1)
     assert find_current(*asked, "fp32") == "small_vit"
     assert find_current(*asked, "int8") is None

@@ -61,11 +61,19 @@ def build(
     from tuwen.cli.gpu_model import build_for_gpu
 
     if profile is Profile.gpu:
+        _check_not_tuned(tune)
         compatible = (version_compatible, hardware_compatible)
         build_for_gpu(checkpoint, name, repository, model_version, precision, compatible, if_changed, as_json)
     else:
         wanted = _cpu_precision(precision, profile_options=version_compatible or hardware_compatible)
         _build_for_cpu(checkpoint, name, repository, model_version, wanted, tune, if_changed, as_json)
+
+
+def _check_not_tuned(tune: bool) -> None:
+    from tuwen.errors import InvalidInput
+
+    if tune:
+        raise InvalidInput("--tune measures the CPU model: leave it out, or take --profile cpu")
 
 
 def _cpu_precision(precision: Precision | None, profile_options: bool) -> CpuPrecision:
@@ -102,7 +110,8 @@ def _build_for_cpu(
     _print_result(result)
     for path in tuned:
         stdout.print(f"{path}: what suits this machine, and what was measured", soft_wrap=True)
-    stdout.print(f"fingerprint {result.fingerprint}; now run: tuwen serve")
+    if not result.is_current:
+        stdout.print(f"fingerprint {result.fingerprint}; now run: tuwen serve")
 
 
 def _print_json(result: BuildResult, tuned: list[Path]) -> None:
@@ -119,7 +128,9 @@ def _print_json(result: BuildResult, tuned: list[Path]) -> None:
 
 def _print_result(result: BuildResult) -> None:
     if result.is_current:
-        stdout.print(f"{result.repository}/{result.name}, version {result.version}: current, nothing was made")
+        stdout.print(
+            f"{result.repository}/{result.name}, version {result.version}: current, nothing was made", soft_wrap=True
+        )
         return
     for kind, parity in result.parity.items():
         stdout.print(
