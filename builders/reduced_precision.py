@@ -109,8 +109,9 @@ def _cast(graph: gs.Graph, tensor: gs.Tensor, dtype: np.dtype) -> gs.Tensor:
         with np.errstate(over="ignore"):  # who chose the nodes chose this
             return gs.Constant(name, tensor.values.astype(dtype))
     cast = gs.Variable(name, dtype, tensor.shape)
+    maker = tensor.inputs[0].name if tensor.inputs else tensor.name  # an overflow in the cast is that of its layer
     to = int(onnx.helper.np_dtype_to_tensor_dtype(dtype))
-    graph.nodes.append(gs.Node("Cast", f"cast_{name}", {"to": to}, [tensor], [cast]))
+    graph.nodes.append(gs.Node("Cast", f"{maker}/to_{dtype.name}", {"to": to}, [tensor], [cast]))
     return cast
 
 

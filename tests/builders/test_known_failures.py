@@ -83,8 +83,8 @@ def test_normalisations_are_one_operator(towers, tmp_path: Path) -> None:
 
 
 def test_ids_bound_as_int32_are_other_texts(sample) -> None:
-    """TensorRT 10 keeps an INT64 input INT64. A runner written for 8, which made INT32 of it, hands over a buffer in
-    which every two ids read as one of billions; Gather then clamps it. In float32 as in float16."""
+    """Since TensorRT 9 an INT64 input needs an INT64 binding. A runner written for 8, which made INT32 of it, gives a
+    buffer in which every two ids read as one of billions (here clamped to the vocabulary), in float32, too."""
     model, _ = sample
     captions = [normalize_text(record.text) for record in open_pairs(SAMPLES_DIR, "valid").texts[:400:50]]
     rows = [default_tokenizer().encode_ids(caption, 52) for caption in captions]
