@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
 import shutil
-import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -26,7 +24,7 @@ from tests.test_image_guard import ODD, ORDINARY
 from tests.test_image_transform import FILES, animation, encode, photograph, png_header
 from tuwen.data.pairs import PairSet
 from tuwen.image_transform import MAX_IMAGE_FRAMES
-from tuwen.serving.server import EmbeddedServer, ServerFailed
+from tuwen.serving.server import EmbeddedServer, ServerError
 from tuwen.specs import get_spec
 
 pytestmark = pytest.mark.triton
@@ -145,14 +143,11 @@ def good(sample_pairs: PairSet) -> list[bytes]:
     return [*files, *emoji]
 
 
-def test_the_profile_is_what_is_served(twin_server: EmbeddedServer) -> None:
-    def config(model: str) -> dict[str, object]:
-        with urllib.request.urlopen(f"http://{twin_server.endpoints.http}/v2/models/{model}/config") as answer:
-            return json.load(answer)
-
-    assert config(DALI)["backend"] == "dali"
-    steps = config(ENSEMBLE)["ensemble_scheduling"]["step"]  # type: ignore[index]
-    assert [step["model_name"] for step in steps] == [f"guard_image_{R}", DALI, f"{SAMPLE.slug}_image_tower"]
+def test_the_profile_is_what_is_served(raw: triton.InferenceServerClient) -> None:
+    """Triton falls back to config.pbtxt where a profile is missing, and says nothing."""
+    assert raw.get_model_config(DALI).config.backend == "dali"
+    steps = raw.get_model_config(ENSEMBLE).config.ensemble_scheduling.step
+    assert [step.model_name for step in steps] == [f"guard_image_{R}", DALI, f"{SAMPLE.slug}_image_tower"]
 
 
 def test_8_bad_pictures_of_64_fail_alone_and_the_next_64_are_answered(
@@ -236,5 +231,5 @@ def test_the_gpus_pipeline_is_refused_on_a_machine_without_one(twin_repository: 
     repository = tmp_path / "model_repository"
     shutil.copytree(twin_repository, repository)
     write_pipeline(R, repository / DALI / "1" / "model.dali", "gpu")
-    with pytest.raises(ServerFailed, match="not a pipeline that DALI runs on the CPU"), serve(repository):
+    with pytest.raises(ServerError, match="not a pipeline that DALI runs on the CPU"), serve(repository):
         pass
