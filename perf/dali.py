@@ -3,7 +3,8 @@
     python -m perf.dali    # needs NVIDIA DALI, scikit-image and scikit-learn
 
 For each kind of file the difference to the published transform in levels of 255: of DALI alone, and of guard and DALI,
-which is what the GPU profile serves; and the least cosine of their embeddings. Then milliseconds a picture.
+which is what the GPU profile serves; and the least cosine of their embeddings. Then what becomes of damaged files, and
+milliseconds a picture.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import io
 import statistics
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +25,14 @@ from PIL import Image
 
 from builders.configs import MAX_BATCH_SIZE
 from builders.dali_pipeline import INPUT, write_pipeline
+from perf.fuzz.mutations import mutate_picture
+from perf.fuzz.pictures import seed_pictures
 from perf.rounds import alternate, medians, milliseconds_of
 from perf.workload import encode_jpeg, photographs
 from tuwen.checkpoint import load_checkpoint
 from tuwen.data.pairs import open_pairs
 from tuwen.embed import embed_pixels
+from tuwen.errors import InvalidInput
 from tuwen.image_guard import guard_image
 from tuwen.image_transform import preprocess_image
 from tuwen.model import ChineseCLIP
@@ -36,6 +42,7 @@ Pixels = npt.NDArray[np.float32]
 SAMPLES = Path(__file__).parents[1] / "samples"
 ROUNDS = 15
 NUM_EMOJI = 32
+NUM_DAMAGED = 5000
 COST_SIZES = ((640, 480), (2000, 1500))
 _LEVELS = np.array(IMAGE_STD, np.float32)[:, None, None] * 255
 
@@ -181,6 +188,35 @@ def least_cosine(model: ChineseCLIP, one: Pixels, other: Pixels) -> float:
     return min(float(a @ b) for a, b in pairs)
 
 
+def damaged_outcomes(twin: Twin, resolution: int, count: int, seed: int = 0) -> Counter[str]:
+    """Damaged files, three of four of them JPEGs: what becomes of each, and of what the guard lets through."""
+    rng = Random(seed)
+    seeds = [*seed_pictures(), *(("JPEG", encode_jpeg(picture, (320, 240))) for _, picture in photographs())]
+    jpegs = [each for each in seeds if each[0] == "JPEG"]
+    outcomes: Counter[str] = Counter()
+    for _ in range(count):
+        format, encoded = rng.choice(seeds if rng.randrange(4) == 0 else jpegs)
+        damaged = mutate_picture(rng, format, encoded, rng.choice(seeds)[1])
+        expected = _refusal_of(partial(preprocess_image, damaged, resolution, draft=True))
+        found = _refusal_of(partial(guard_image, damaged, resolution))
+        outcomes["other than the transform"] += found != expected
+        if found:
+            outcomes["refused"] += 1
+            continue
+        guarded = guard_image(damaged, resolution)
+        outcomes["passed" if guarded == damaged else "decoded"] += 1
+        outcomes["refused by DALI"] += each_alone(twin, [guarded]) is None
+    return outcomes
+
+
+def _refusal_of(work: Callable[[], object]) -> str:
+    try:
+        work()
+    except InvalidInput as error:
+        return str(error)
+    return ""
+
+
 def report_costs(resolution: int) -> None:
     print(f"\nms a picture, R = {resolution}, one thread  guard  DALI twin  CPU profile")
     twin = Twin(resolution)
@@ -218,6 +254,7 @@ def main() -> None:
         embeds = embed_pixels(model, iter(exact_pixels(kinds["PNG"], model.spec.vision.resolution)))
         others = (embeds @ embeds.T)[np.triu_indices(len(embeds), 1)]
         print(f"cosine of different photographs, {name}: {others.min():.3f} to {others.max():.3f}")
+    print(f"\n{NUM_DAMAGED} damaged files: {dict(damaged_outcomes(Twin(64), 64, NUM_DAMAGED))}")
     report_costs(base.spec.vision.resolution)
 
 
