@@ -1,10 +1,11 @@
-"""DALI's twin on the CPU against Pillow: pixels, embeddings, and what the guard in front of it costs.
+"""DALI against Pillow: pixels, embeddings, damaged files, and what the guard in front of it costs.
 
-    python -m perf.dali    # needs NVIDIA DALI, scikit-image and scikit-learn
+    python -m perf.dali                 # the twin on the CPU; needs NVIDIA DALI, scikit-image and scikit-learn
+    python -m perf.dali --device gpu    # nvJPEG and the resize on a GPU
 
 For each kind of file the difference to the published transform in levels of 255: of DALI alone, and of guard and DALI,
 which is what the GPU profile serves; and the least cosine of their embeddings. Then what becomes of damaged files, and
-milliseconds a picture.
+milliseconds a picture. Exits 1 where the pixels or cosines miss their bounds, or DALI refuses what the guard let through.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from random import Random
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import typer
 from PIL import Image
 
 from builders.configs import MAX_BATCH_SIZE
-from builders.dali_pipeline import INPUT, write_pipeline
+from builders.dali_pipeline import INPUT, Device, write_pipeline
 from perf.fuzz.mutations import mutate_picture
 from perf.fuzz.pictures import seed_pictures
 from perf.rounds import alternate, medians, milliseconds_of
@@ -45,22 +48,23 @@ ROUNDS, NUM_TIMED = 5, 4  # photographs of each size and format
 NUM_EMOJI = 32
 NUM_EMBEDDED = 4  # of each kind: a base-size tower takes a quarter of a second for one
 NUM_DAMAGED = 5000
+MAX_MEAN_LEVELS, MIN_COSINE = 1.0, 0.999
 COST_SIZES = ((640, 480), (2000, 1500))
 _LEVELS = np.array(IMAGE_STD, np.float32)[:, None, None] * 255
 
 
-class Twin:
-    """The pipeline that a server runs, on the CPU."""
+class Dali:
+    """The pipeline that a server runs."""
 
-    def __init__(self, resolution: int, threads: int = 1) -> None:
+    def __init__(self, resolution: int, device: Device = "cpu", threads: int = 1) -> None:
         from nvidia.dali import Pipeline
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.dali"
-            write_pipeline(resolution, path, "cpu")
+            write_pipeline(resolution, path, device)
             options = {"batch_size": MAX_BATCH_SIZE, "num_threads": threads, "prefetch_queue_depth": 1}
             self._build: Callable[[], object] = partial(
-                Pipeline.deserialize, path.read_bytes(), device_id=None, **options
+                Pipeline.deserialize, path.read_bytes(), device_id=0 if device == "gpu" else None, **options
             )
         self._pipeline = self._build()
 
@@ -73,7 +77,7 @@ class Twin:
         try:
             self._pipeline.feed_input(INPUT, [np.frombuffer(file, np.uint8) for file in files])  # type: ignore[attr-defined]
             (pixel_values,) = self._pipeline.run()  # type: ignore[attr-defined]
-            return np.array(pixel_values.as_array())
+            return np.array(pixel_values.as_cpu().as_array())
         except RuntimeError:
             self._pipeline = self._build()  # one that has raised answers nothing any more
             raise
@@ -146,38 +150,42 @@ def _encode(picture: Image.Image, format: str, **options: object) -> bytes:
     return file.getvalue()
 
 
-def each_alone(twin: Twin, files: Sequence[bytes]) -> Pixels | None:
+def each_alone(dali: Dali, files: Sequence[bytes]) -> Pixels | None:
     """What DALI makes of the files; None if it refuses one."""
     try:
-        return np.concatenate([twin([file]) for file in files])
+        return np.concatenate([dali([file]) for file in files])
     except RuntimeError:
         return None
 
 
-def report_pixels(kinds: dict[str, list[bytes]], models: dict[str, ChineseCLIP]) -> None:
+def report_pixels(kinds: dict[str, list[bytes]], models: dict[str, ChineseCLIP], device: Device) -> bool:
+    """Whether every kind is within the bounds."""
     heads = "".join(f"  cosine {name}" for name in models)
     print(f"{'levels of 255, mean / max':26s} {'DALI alone':>16s} {'guard and DALI':>16s}{heads}")
-    twins = {name: Twin(model.spec.vision.resolution) for name, model in models.items()}
-    first = next(iter(models))
+    resolutions = {name: model.spec.vision.resolution for name, model in models.items()}
+    runs = {name: Dali(resolution, device) for name, resolution in resolutions.items()}
+    first, passed = next(iter(models)), True
     for kind, files in kinds.items():
-        exact = {name: exact_pixels(files, model.spec.vision.resolution) for name, model in models.items()}
-        alone = each_alone(twins[first], files)
+        exact = {name: exact_pixels(files, resolutions[name]) for name in models}
+        alone = each_alone(runs[first], files)
         served = {
-            name: np.concatenate([twins[name]([guard_image(file, len(exact[name][0][0]))]) for file in files])
+            name: np.concatenate([runs[name]([guard_image(file, resolutions[name])]) for file in files])
             for name in models
         }
-        row = [_told(alone, exact[first]), _told(served[first], exact[first])]
-        cosines = [
-            f"{least_cosine(models[name], exact[name], served[name]):.6f}".rjust(9 + len(name)) for name in models
-        ]
-        print(f"{kind:26s} {row[0]:>16s} {row[1]:>16s}{''.join(cosines)}", flush=True)
+        cosines = [least_cosine(models[name], exact[name], served[name]) for name in models]
+        told = "".join(f"{cosine:.6f}".rjust(9 + len(name)) for name, cosine in zip(models, cosines, strict=True))
+        columns = (told_levels(alone, exact[first]), told_levels(served[first], exact[first]))
+        print(f"{kind:26s} {columns[0]:>16s} {columns[1]:>16s}{told}", flush=True)
+        mean_levels = max(float(levels_off(served[name], exact[name]).mean()) for name in models)
+        passed &= mean_levels <= MAX_MEAN_LEVELS and min(cosines) >= MIN_COSINE
+    return passed
 
 
 def exact_pixels(files: Sequence[bytes], resolution: int) -> Pixels:
     return np.stack([preprocess_image(file, resolution) for file in files])
 
 
-def _told(found: Pixels | None, expected: Pixels) -> str:
+def told_levels(found: Pixels | None, expected: Pixels) -> str:
     if found is None:
         return "refused"
     levels = levels_off(found, expected)
@@ -191,7 +199,7 @@ def least_cosine(model: ChineseCLIP, one: Pixels, other: Pixels) -> float:
     return min(float(a @ b) for a, b in pairs)
 
 
-def damaged_outcomes(twin: Twin, resolution: int, count: int, seed: int = 0) -> Counter[str]:
+def damaged_outcomes(dali: Dali, resolution: int, count: int, seed: int = 0) -> Counter[str]:
     """Damaged files, three of four of them JPEGs: what becomes of each, and of what the guard lets through."""
     rng = Random(seed)
     seeds = [*seed_pictures(), *(("JPEG", encode_jpeg(picture, (320, 240))) for _, picture in photographs())]
@@ -208,7 +216,7 @@ def damaged_outcomes(twin: Twin, resolution: int, count: int, seed: int = 0) -> 
             continue
         guarded = guard_image(damaged, resolution)
         outcomes["passed" if guarded == damaged else "decoded"] += 1
-        outcomes["refused by DALI"] += each_alone(twin, [guarded]) is None
+        outcomes["refused by DALI"] += each_alone(dali, [guarded]) is None
     return outcomes
 
 
@@ -220,9 +228,9 @@ def _refusal_of(work: Callable[[], object]) -> str:
     return ""
 
 
-def report_costs(resolution: int) -> None:
-    print(f"\nms a picture, R = {resolution}, one thread  guard  DALI twin  CPU profile")
-    twin = Twin(resolution)
+def report_costs(resolution: int, device: Device) -> None:
+    print(f"\nms a picture, R = {resolution}, one thread  guard  DALI ({device})  CPU profile")
+    run = Dali(resolution, device)
     for width, height in COST_SIZES:
         for name, encode in _COST_FORMATS.items():
             rows = []
@@ -231,13 +239,13 @@ def report_costs(resolution: int) -> None:
                 guarded = guard_image(file, resolution)
                 sides: dict[str, Callable[[], object]] = {
                     "guard": partial(guard_image, file, resolution),
-                    "twin": partial(twin, [guarded]),
+                    "dali": partial(run, [guarded]),
                     "cpu": partial(preprocess_image, file, resolution, draft=True),
                 }
                 found = alternate({side: milliseconds_of(work) for side, work in sides.items()}, ROUNDS)
                 rows.append(list(medians(found).values()))
             guard, dali, cpu = (statistics.median(column) for column in zip(*rows, strict=True))
-            print(f"{name + f', {width} x {height}':34s} {guard:5.1f} {dali:10.1f} {cpu:12.1f}", flush=True)
+            print(f"{name + f', {width} x {height}':34s} {guard:5.1f} {dali:11.1f} {cpu:12.1f}", flush=True)
 
 
 _COST_FORMATS: dict[str, Callable[[Image.Image], bytes]] = {
@@ -247,19 +255,24 @@ _COST_FORMATS: dict[str, Callable[[Image.Image], bytes]] = {
 }
 
 
-def main() -> None:
+def main(device: Annotated[Device, typer.Option()] = "cpu") -> None:
+    """DALI against Pillow."""
     torch.manual_seed(0)
     base = ChineseCLIP(get_spec("ViT-B-16")).eval()
     models = {"ViT-B-16, random": base, "sample": load_checkpoint(SAMPLES / "emoji_tiny").eval()}
     kinds = file_kinds()
-    report_pixels(kinds, models)
+    passed = report_pixels(kinds, models, device)
     for name, model in models.items():
         embeds = embed_pixels(model, iter(exact_pixels(kinds["PNG"], model.spec.vision.resolution)))
         others = (embeds @ embeds.T)[np.triu_indices(len(embeds), 1)]
         print(f"cosine of different photographs, {name}: {others.min():.3f} to {others.max():.3f}")
-    print(f"\n{NUM_DAMAGED} damaged files: {dict(damaged_outcomes(Twin(64), 64, NUM_DAMAGED))}")
-    report_costs(base.spec.vision.resolution)
+    outcomes = damaged_outcomes(Dali(64, device), 64, NUM_DAMAGED)
+    print(f"\n{NUM_DAMAGED} damaged files: " + ", ".join(f"{count} {name}" for name, count in outcomes.items()))
+    passed &= not outcomes["refused by DALI"] and not outcomes["other than the transform"]
+    report_costs(base.spec.vision.resolution, device)
+    if not passed:
+        raise SystemExit("\nnot within the bounds")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from builders.dali_pipeline import write_pipeline
-from perf.dali import Twin, damaged_outcomes, levels_off
+from perf.dali import Dali, damaged_outcomes, levels_off
 from tests.test_image_guard import ODD, ORDINARY
 from tests.test_image_transform import FILES, encode, photograph
 from tuwen.errors import MissingDependency
@@ -24,20 +24,20 @@ MAX_LEVELS, MEAN_LEVELS = 12.0, 0.4
 
 
 @pytest.fixture(scope="module")
-def twin() -> Twin:
+def twin() -> Dali:
     pytest.importorskip("nvidia.dali")
-    return Twin(R)
+    return Dali(R)
 
 
 @pytest.mark.parametrize("name", ORDINARY)
-def test_what_the_guard_lets_through_looks_as_pillow_sees_it(name: str, twin: Twin) -> None:
+def test_what_the_guard_lets_through_looks_as_pillow_sees_it(name: str, twin: Dali) -> None:
     levels = levels_off(twin([ORDINARY[name]])[0], preprocess_image(ORDINARY[name], R))
     assert levels.max() <= MAX_LEVELS
     assert levels.mean() <= MEAN_LEVELS
 
 
 @pytest.mark.parametrize("name", [*FILES, *ODD])
-def test_what_the_guard_decodes_is_the_transforms_own(name: str, twin: Twin) -> None:
+def test_what_the_guard_decodes_is_the_transforms_own(name: str, twin: Dali) -> None:
     encoded = (FILES | ODD)[name]
     guarded = guard_image(encoded, R)
     if guarded != encoded:
@@ -46,21 +46,21 @@ def test_what_the_guard_decodes_is_the_transforms_own(name: str, twin: Twin) -> 
 
 
 @pytest.mark.parametrize("size", [(1, 300), (300, 1), (7, 5), (64, 64), (65, 63), (1201, 801)])
-def test_sizes_of_all_kinds(size: tuple[int, int], twin: Twin) -> None:
+def test_sizes_of_all_kinds(size: tuple[int, int], twin: Dali) -> None:
     encoded = encode(photograph(*size), "JPEG", quality=95)
     levels = levels_off(twin([encoded])[0], preprocess_image(encoded, R))
     assert levels.max() <= MAX_LEVELS
     assert levels.mean() <= MEAN_LEVELS
 
 
-def test_a_batch_is_its_items_and_padding_is_ignored(twin: Twin) -> None:
+def test_a_batch_is_its_items_and_padding_is_ignored(twin: Dali) -> None:
     """Files of one request are padded to one length by the guard."""
     files = [guard_image(encoded, R) for encoded in (*ORDINARY.values(), *FILES.values())]
     alone = np.concatenate([twin([file]) for file in files])
     assert np.array_equal(twin([file + bytes(100) for file in files]), alone)
 
 
-def test_no_damaged_file_that_passes_the_guard_is_refused_by_dali(twin: Twin) -> None:
+def test_no_damaged_file_that_passes_the_guard_is_refused_by_dali(twin: Dali) -> None:
     outcomes = damaged_outcomes(twin, R, 400)
     assert outcomes["passed"] > 50
     assert outcomes["refused"] > 100
