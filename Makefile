@@ -21,7 +21,7 @@ QUERIES := 墨镜 生日蛋糕 红色的心 吃的水果 哭泣的猫 时钟
 	@touch $@
 
 .venv/.dev: .venv/.serve
-	$(PIP) --editable '.[serve,build,bench,train,eval,ray,dev]' --editable clients/python
+	$(PIP) --editable '.[serve,build,gpu,bench,train,eval,ray,dev]' --editable clients/python
 	@# Without its dependencies: torchvision does not import beside a CPU build of torch, and the tests stub it.
 	$(PIP) --no-deps cn-clip==1.6.0
 	@# 18 MB, a few seconds. Where it cannot be had, the tests that need it are skipped and say so.
