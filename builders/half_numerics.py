@@ -1,8 +1,8 @@
 """What a low-precision tower computes, measured on the CPU: parity with PyTorch, magnitudes, and where it overflows.
 
 ONNX Runtime has hardly any float16 kernels for the CPU and none for bfloat16: it would run whole chains of operators in
-float32. So a twin of the graph is run instead, in float32, that rounds each weight and each operator's output explicitly.
-It is what a GPU does that multiplies in the low precision and adds up in float32.
+float32. So a twin of the graph is run instead, in float32, that rounds each weight and each operator's output. It is
+what a GPU does that multiplies in the low precision and adds up in float32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from builders.onnx_export import TowerKind
-from builders.parity import Parity, measure_parity, open_session
+from builders.parity import NUM_REAL, Parity, measure_parity, open_session
 from builders.reduced_precision import DTYPES, FLOAT32, MOVES, load_graph, save_graph
 from tuwen.model import ChineseCLIP
 
@@ -31,14 +31,17 @@ Feed = Mapping[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True)
 class Activation:
-    """What one node computed: the largest magnitude, nan if it holds a NaN."""
+    """What one node computed: the largest magnitude, nan if it holds a NaN; and whether in a low precision."""
 
     node: str
     op: str
     largest: float
+    is_half: bool
 
 
-def measure_half_parity(model: ChineseCLIP, kind: TowerKind, half_path: Path, fingerprint: int) -> Parity:
+def measure_half_parity(
+    model: ChineseCLIP, kind: TowerKind, half_path: Path, fingerprint: int, num_real: int = NUM_REAL
+) -> Parity:
     """Low precision against PyTorch's float32; the bound is MIN_HALF_COSINE.
 
     Raises:
@@ -47,7 +50,7 @@ def measure_half_parity(model: ChineseCLIP, kind: TowerKind, half_path: Path, fi
     with tempfile.TemporaryDirectory() as folder:
         twin = Path(folder, half_path.name)
         write_twin(half_path, twin)
-        return measure_parity(model, kind, twin, fingerprint, optimise=False)
+        return measure_parity(model, kind, twin, fingerprint, num_real, optimise=False)
 
 
 def write_twin(half_path: Path, out_path: Path) -> None:
@@ -73,6 +76,7 @@ def measure_activations(onnx_path: Path, feed: Feed) -> list[Activation]:
     """The largest magnitude that each node of floats computes of this input, in the order of computation."""
     graph = load_graph(onnx_path).toposort()
     tapped = [(node, node.outputs[0]) for node in graph.nodes if node.op not in MOVES and _is_float(node.outputs[0])]
+    is_half = [_half_type(tensor) is not None for _, tensor in tapped]
     _to_twin(graph)
     for _, tensor in tapped:
         _tap(graph, tensor)
@@ -81,10 +85,10 @@ def measure_activations(onnx_path: Path, feed: Feed) -> list[Activation]:
         save_graph(graph, Path(folder, onnx_path.name))
         results = open_session(Path(folder, onnx_path.name), optimise=False).run(None, dict(feed))
     # The largest passes over NaN, the sum does not.
-    pairs = zip(tapped, results[::2], results[1::2], strict=True)
+    found = zip(tapped, results[::2], results[1::2], is_half, strict=True)
     return [
-        Activation(node.name, node.op, math.nan if math.isnan(total) else float(largest))
-        for (node, _), largest, total in pairs
+        Activation(node.name, node.op, math.nan if math.isnan(total) else float(largest), half)
+        for (node, _), largest, total, half in found
     ]
 
 
@@ -100,10 +104,13 @@ def _tap(graph: gs.Graph, tensor: gs.Tensor) -> None:
 
 def _to_twin(graph: gs.Graph) -> None:
     """Make float32 of a low-precision graph in place, its roundings as casts there and back."""
+    constants: dict[str, gs.Constant] = {}  # one may serve several nodes
     for node in list(graph.nodes):
         for index, tensor in enumerate(node.inputs):
             if isinstance(tensor, gs.Constant) and _half_type(tensor):
-                node.inputs[index] = gs.Constant(tensor.name, tensor.values.astype(np.float32))
+                if tensor.name not in constants:
+                    constants[tensor.name] = gs.Constant(tensor.name, tensor.values.astype(np.float32))
+                node.inputs[index] = constants[tensor.name]
         for tensor in node.outputs:
             half = _half_type(tensor)
             if half is None:

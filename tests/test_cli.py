@@ -152,6 +152,13 @@ def test_an_error_is_one_line_on_stderr(tmp_path: Path) -> None:
         ("eval compare here there --data nowhere", "engine 'here': expected torch:CHECKPOINT, onnx:REPOSITORY"),
         ("build --checkpoint nowhere --repository served", "nowhere: there is no such checkpoint"),
         ("build --checkpoint nowhere --repository served --version 0", "version 0: expected 1 or more"),
+        (
+            "build --checkpoint nowhere --precision fp16",
+            "--precision fp16: a CPU model is fp32 or int8; for others give",
+        ),
+        ("build --checkpoint nowhere --profile gpu --tune", "--tune measures the CPU model: leave it out, or take"),
+        ("build --checkpoint nowhere --hardware-compatible", "--version-compatible and --hardware-compatible are of"),
+        ("build --checkpoint nowhere --repository served --profile gpu", "nowhere: there is no such checkpoint"),
         ("render --check --repository nowhere", "nowhere: tokenize_text/config.pbtxt, "),
         ("data lmdb --data nowhere", "nowhere: no *_imgs.tsv in it"),
         ("data check --data nowhere", "nowhere: there is no such folder of pairs"),
