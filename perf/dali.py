@@ -5,7 +5,7 @@
 
 For each kind of file the difference to the published transform in levels of 255: of DALI alone, and of guard and DALI,
 which is what the GPU profile serves; and the least cosine of their embeddings. Then what becomes of damaged files, and
-milliseconds a picture. Exits 1 where the pixels or cosines miss their bounds, or DALI refuses what the guard let through.
+milliseconds a picture. Exits 1 where pixels or cosines miss their bounds, or DALI refuses what the guard let through.
 """
 
 from __future__ import annotations
