@@ -27,8 +27,8 @@ import torch
 import typer
 from PIL import Image
 
-from builders.configs import MAX_BATCH_SIZE
-from builders.dali_pipeline import INPUT, Device, write_pipeline
+from builders.configs import MAX_BATCH_SIZE, Device
+from builders.dali_pipeline import INPUT, write_pipeline
 from perf.fuzz.mutations import mutate_picture
 from perf.fuzz.pictures import seed_pictures
 from perf.rounds import alternate, medians, milliseconds_of
