@@ -5,21 +5,19 @@ tuwen build --checkpoint samples/emoji_tiny
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
+from builders.build_record import Place, Record, checkpoint_record, find_current, read_record, tool_versions
 from builders.onnx_export import OPSET, TOWERS, ExportFailed, TowerKind, export_tower
 from builders.parity import MAX_ABS_DIFF, MIN_COSINE, Parity, measure_parity
 from builders.quantize import MAX_RECALL_LOSS, QuantizationCost, measure_cost, quantize_tower
 from builders.quantize import MIN_COSINE as MIN_INT8_COSINE
 from builders.repository import REPOSITORY_DIR, check_contract, rendered_files, write_rendered
-from tuwen import __version__
 from tuwen.checkpoint import load_checkpoint
 from tuwen.errors import InvalidInput
 from tuwen.files import replace_folder
@@ -28,13 +26,11 @@ from tuwen.hub import PUBLISHED, download
 from tuwen.model import ChineseCLIP
 
 Precision = Literal["fp32", "int8"]
-# Packages whose version shapes the artifact.
-_TOOLS = ("torch", "onnx", "onnxscript", "onnx-graphsurgeon", "onnxruntime")
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What stands in the repository now."""
+    """What stands in the repository now; `is_current`: it did before, and nothing was made."""
 
     name: str
     version: int
@@ -44,6 +40,11 @@ class BuildResult:
     repository: Path
     precision: Precision = "fp32"
     int8_cost: QuantizationCost | None = None
+    is_current: bool = False
+
+    @property
+    def place(self) -> Place:
+        return Place(self.repository, self.name, self.version)
 
 
 def build(
@@ -53,6 +54,7 @@ def build(
     model_version: int = 1,
     on_stage: Callable[[str], None] = lambda stage: None,
     precision: Precision = "fp32",
+    if_changed: bool = False,
 ) -> BuildResult:
     """Export, check and place both towers of a checkpoint; nothing is placed unless both pass.
 
@@ -62,6 +64,7 @@ def build(
         model_version: the version folder; a fine-tuned checkpoint becomes 2 beside 1.
         on_stage: hears what is going on, a short phrase each time.
         precision: int8 quantises the towers that passed, and places them only if that costs next to nothing.
+        if_changed: make nothing where the same checkpoint, built the same way, stands there already.
     Raises:
         InvalidInput: the checkpoint cannot be read, the version is no positive number, the precision is unknown, or
             the name is that of a model with other tensors.
@@ -72,8 +75,9 @@ def build(
     if precision not in get_args(Precision):
         raise InvalidInput(f"precision {precision}: expected {' or '.join(get_args(Precision))}")
     on_stage("reading the checkpoint")
-    if not checkpoint.exists() and str(checkpoint) in PUBLISHED:
-        checkpoint = download(str(checkpoint), Path("~/.cache/clip").expanduser())
+    checkpoint = resolve_checkpoint(checkpoint)
+    if if_changed and (served := find_current(checkpoint, name, repository, model_version, precision)):
+        return _current_result(Place(repository, served, model_version))
     model = load_checkpoint(checkpoint)
     name = name or model.spec.slug
     files = rendered_files(model.spec, name)
@@ -90,16 +94,17 @@ def build(
             record = _build_record(model, checkpoint, kind, fingerprint, parity[kind], int8_cost)
             (staging / kind / "build.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         on_stage("placing")
-        files |= _shared_code()
-        write_rendered(files, repository, overwrite=False)
-        for kind in TOWERS:
-            _place(staging / kind, repository / f"{name}_{kind}_tower" / str(model_version))
-            (repository / f"{name}_{kind}" / str(model_version)).mkdir(exist_ok=True)
-        # A version is part of the cache's key: new weights never meet old answers.
-        (repository / f"{name}_text_cached" / str(model_version)).mkdir(exist_ok=True)
+        _place_all(staging, files, Place(repository, name, model_version))
     return BuildResult(
         name, model_version, fingerprint, model.spec.vision.resolution, parity, repository, precision, int8_cost
     )
+
+
+def resolve_checkpoint(checkpoint: Path) -> Path:
+    """The path itself, or where the published checkpoint of that name was downloaded to."""
+    if not checkpoint.exists() and str(checkpoint) in PUBLISHED:
+        return download(str(checkpoint), Path("~/.cache/clip").expanduser())
+    return checkpoint
 
 
 def _build_tower(
@@ -148,27 +153,45 @@ def _build_record(
     fingerprint: int,
     parity: Parity,
     int8_cost: QuantizationCost | None,
-) -> dict[str, Any]:
-    weights = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
-    with open(weights, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+) -> Record:
     return {
         "architecture": model.spec.name,
         "tower": kind,
         "fingerprint": fingerprint,
-        "checkpoint": {"name": checkpoint.name, "sha256": digest},
+        "resolution": model.spec.vision.resolution,
+        "checkpoint": checkpoint_record(checkpoint),
         "precision": "int8" if int8_cost else "fp32",
         "opset": OPSET,
         "parity_with_pytorch": asdict(parity),  # of the float32 export, also where int8 is what is served
         **({"int8_against_fp32": asdict(int8_cost)} if int8_cost else {}),
-        "tools": {"tuwen": __version__} | {tool: version(tool) for tool in _TOOLS},
+        "tools": tool_versions(),
     }
+
+
+def _current_result(place: Place) -> BuildResult:
+    """What the records say of a model that `find_current` found."""
+    records = {kind: read_record(place.tower_dir(kind) / "build.json") or {} for kind in TOWERS}
+    parity = {kind: Parity(**record["parity_with_pytorch"]) for kind, record in records.items()}
+    image = records["image"]
+    cost = QuantizationCost(**image["int8_against_fp32"]) if "int8_against_fp32" in image else None
+    return BuildResult(
+        place.name, place.version, image["fingerprint"], image["resolution"], parity, place.repository,
+        image["precision"], cost, is_current=True,
+    )  # fmt: skip
 
 
 def _shared_code() -> dict[Path, str]:
     """The hand-written model.py of the tokenizer, for a repository other than the checkout's own."""
     path = Path("tokenize_text", "1", "model.py")
     return {path: (REPOSITORY_DIR / path).read_text(encoding="utf-8")}
+
+
+def _place_all(staging: Path, files: dict[Path, str], place: Place) -> None:
+    write_rendered(files | _shared_code(), place.repository, overwrite=False)
+    for kind in TOWERS:
+        _place(staging / kind, place.tower_dir(kind))
+    for folder in place.ensemble_dirs():
+        folder.mkdir(exist_ok=True)
 
 
 def _place(staging: Path, version_dir: Path) -> None:

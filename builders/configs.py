@@ -6,6 +6,7 @@ The text is what a person reads and reviews; the schema is Triton's own model_co
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
@@ -24,6 +25,7 @@ _QUEUE_BOUNDS = tuple(
     for name, numbers in (("max_queue_size", MAX_QUEUE_SIZE), ("max_wait_s", MAX_WAIT_S))
     for priority, number in numbers.items()
 )
+Kind = Literal["cpu", "gpu"]  # of the processor that an instance runs on
 _HEADER = """\
 # Rendered by `tuwen render` from tuwen/specs.py and builders/configs.py; `make test` fails when they differ.
 # {purpose}
@@ -51,6 +53,7 @@ class Model:
     purpose: str
     change: str
     instances: int = 1
+    kind: Kind = "cpu"
     parameters: tuple[tuple[str, str], ...] = ()
     warmup: tuple[tuple[int, ...], ...] = ()
     # What Triton makes of a ragged batch: (tensor, kind of batch_input). Source: its docs, Ragged Batching.
@@ -62,7 +65,8 @@ class Model:
         config = pb.ModelConfig(name=self.name, backend=self.backend)
         config.max_batch_size = MAX_BATCH_SIZE if self.batching else 0
         _add_tensors(config, self.inputs, self.outputs)
-        config.instance_group.add(count=self.instances, kind=pb.ModelInstanceGroup.KIND_CPU)
+        kind = pb.ModelInstanceGroup.Kind.Value(f"KIND_{self.kind.upper()}")
+        config.instance_group.add(count=self.instances, kind=kind)
         if self.batching:
             # No delay: a lone request would wait for company in vain, and under load the queue is company enough.
             # No queue policy: see tuwen/serving/request_queue.py; the bounds are parameters.
@@ -137,6 +141,7 @@ _TEXT = Tensor("text", "STRING", (1,))
 _INPUT_IDS = Tensor("input_ids", "INT64", (-1,))
 _PACKED_INPUT_IDS = replace(_INPUT_IDS, ragged=True)
 _IMAGE = Tensor("image", "UINT8", (-1,), ragged=True)
+_FILE = replace(_IMAGE, ragged=False)
 _FINGERPRINT = Tensor("fingerprint", "INT64", (1,))
 _LOGIT_SCALE = Tensor("logit_scale", "FP32", (1,))
 _TOKEN_COUNT = (Tensor("num_tokens", "INT64", (1,)), Tensor("truncated", "BOOL", (1,)))
@@ -162,6 +167,32 @@ def preprocess_image(resolution: int) -> Model:
         parameters=(("resolution", str(resolution)), ("decoders", "0"), *_QUEUE_BOUNDS),
         purpose=f"An encoded picture file -> pixel_values [3, {resolution}, {resolution}], for models of this size.",
         change="Change here: decoders, how many pictures are decoded at once (0: one a core); the queue's bounds.",
+    )
+
+
+def guard_image(resolution: int) -> Model:
+    """The step in front of `dali_preprocess`: what it lets through decodes there, and as `preprocess_image` would."""
+    return replace(
+        preprocess_image(resolution),
+        name=f"guard_image_{resolution}",
+        outputs=(_FILE,),
+        purpose="An encoded picture file -> one that DALI decodes: the file itself if it is an ordinary JPEG, else a "
+        f"PPM of {resolution} x {resolution}.",
+    )
+
+
+def dali_preprocess(resolution: int, kind: Kind) -> Model:
+    """`preprocess_image` by DALI, whose backend would run the same file model.dali on either kind of processor.
+
+    Its threads also decode what a GPU cannot. Without the guard in front, one bad file would fail its whole batch.
+    """
+    return replace(
+        preprocess_image(resolution),
+        backend="dali",
+        kind=kind,
+        parameters=(("num_threads", "4"),),
+        purpose=f"A guarded picture file -> pixel_values [3, {resolution}, {resolution}], by DALI from model.dali.",
+        change="Change here: num_threads, DALI's own on the CPU. One instance: each holds buffers of its own.",
     )
 
 
@@ -242,7 +273,7 @@ def image_ensemble(spec: ModelSpec, name: str) -> Ensemble:
     preprocess = f"preprocess_image_{spec.vision.resolution}"
     return Ensemble(
         name=f"{name}_image",
-        inputs=(Tensor("image", "UINT8", (-1,)),),
+        inputs=(_FILE,),
         outputs=(_embeds("image", spec), _FINGERPRINT),
         steps=(
             Step(preprocess, (("image", "image"),), (("pixel_values", "pixel_values"),)),
@@ -251,6 +282,14 @@ def image_ensemble(spec: ModelSpec, name: str) -> Ensemble:
         purpose=f"{spec.name}: an encoded picture file -> image_embeds. What clients call.",
         change="Nothing to change here: an ensemble only joins its steps; tune those.",
     )
+
+
+def guarded_image_ensemble(spec: ModelSpec, name: str) -> Ensemble:
+    """The GPU profile's `image_ensemble`: guard, DALI, tower."""
+    plain = image_ensemble(spec, name)
+    guard = Step(f"guard_image_{spec.vision.resolution}", _same("image"), (("image", "guarded"),))
+    preprocess, tower = plain.steps
+    return replace(plain, steps=(guard, replace(preprocess, inputs=(("image", "guarded"),)), tower))
 
 
 def similarity(spec: ModelSpec, name: str) -> Model:

@@ -15,6 +15,7 @@ import torch
 from onnx_graphsurgeon.logger import G_LOGGER
 from torch import Tensor, nn
 
+from builders.attention import translate_attention
 from tuwen.errors import TuwenError
 from tuwen.model import ChineseCLIP
 from tuwen.specs import CLS_ID, SEP_ID, ModelSpec
@@ -104,6 +105,7 @@ def export_tower(model: ChineseCLIP, kind: TowerKind, fingerprint: int, path: Pa
                 input_names=INPUT_NAMES[kind],
                 output_names=OUTPUT_NAMES[kind],
                 dynamic_shapes=dynamic_shapes,
+                custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: translate_attention},
                 verbose=False,
             )
             assert program is not None  # it is None for the older exporter only
@@ -111,7 +113,7 @@ def export_tower(model: ChineseCLIP, kind: TowerKind, fingerprint: int, path: Pa
     except Exception as error:  # the exporter raises a family of its own, not all of it public
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExportFailed(f"{model.spec.name} {kind} tower cannot be exported to ONNX: {reason}") from error
-    _save(graph, path)
+    save_proto(graph, path)
 
 
 def clean_graph(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -127,7 +129,8 @@ def clean_graph(proto: onnx.ModelProto) -> onnx.ModelProto:
     return cleaned
 
 
-def _save(proto: onnx.ModelProto, path: Path) -> None:
+def save_proto(proto: onnx.ModelProto, path: Path) -> None:
+    """Write and check a model; weights beside it as `NAME.data` when above 2 GiB."""
     # Not ByteSize(), which serialises the whole message and fails on just the ones this is about.
     if sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > MAX_EMBEDDED_BYTES:
         onnx.save_model(

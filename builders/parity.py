@@ -45,15 +45,19 @@ class Parity:
 
 
 @torch.inference_mode()
-def measure_parity(model: ChineseCLIP, kind: TowerKind, onnx_path: Path, fingerprint: int) -> Parity:
+def measure_parity(
+    model: ChineseCLIP, kind: TowerKind, onnx_path: Path, fingerprint: int, optimise: bool = True
+) -> Parity:
     """Run random and real input of several batch sizes and lengths through both.
 
+    Args:
+        optimise: whether ONNX Runtime may rewrite the graph.
     Raises:
         ExportFailed: the file does not load, or does not carry `fingerprint`.
     """
-    session = open_session(onnx_path)
+    session = open_session(onnx_path, optimise)
     cosines, differences = [], []
-    for feed, expected in _text_batches(model) if kind == "text" else _image_batches(model):
+    for feed, expected in parity_batches(model, kind):
         embeds, fingerprints, *_ = session.run(None, feed)
         if fingerprints.shape != (len(expected), 1) or (fingerprints != fingerprint).any():
             raise ExportFailed(f"{onnx_path.name}: carries fingerprint {fingerprints.ravel()[0]}, not {fingerprint}")
@@ -66,14 +70,22 @@ def measure_parity(model: ChineseCLIP, kind: TowerKind, onnx_path: Path, fingerp
     )
 
 
-def open_session(onnx_path: Path) -> ort.InferenceSession:
-    """ONNX Runtime on the CPU.
+def parity_batches(model: ChineseCLIP, kind: TowerKind) -> Iterator[Batch]:
+    """Random and real input of several batch sizes and lengths, each with PyTorch's embeddings of it."""
+    return _text_batches(model) if kind == "text" else _image_batches(model)
+
+
+def open_session(onnx_path: Path, optimise: bool = True) -> ort.InferenceSession:
+    """ONNX Runtime on the CPU; unless it may `optimise`, it runs the nodes as they stand.
 
     Raises:
         ExportFailed: it cannot load the file.
     """
+    options = ort.SessionOptions()
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        return ort.InferenceSession(onnx_path, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(onnx_path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no public base
         raise ExportFailed(f"{onnx_path.name}: ONNX Runtime cannot load it: {error}") from error
 

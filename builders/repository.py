@@ -22,6 +22,7 @@ REPOSITORY_DIR = Path(__file__).parent.parent / "model_repository"
 COMMITTED = ("ViT-B-16", "Tiny-RN")
 # The hand-written model.py of each kind; those of other resolutions and names are copies, held equal by --check.
 _PREPROCESS_SOURCE = Path("preprocess_image_224", "1", "model.py")
+_GUARD_SOURCE = Path("guard_image_224", "1", "model.py")
 _SIMILARITY_SOURCE = Path("vit_b_16_similarity", "1", "model.py")
 _ZERO_SHOT_SOURCE = Path("vit_b_16_zero_shot", "1", "model.py")
 
@@ -34,10 +35,10 @@ def rendered_files(spec: ModelSpec, name: str) -> dict[Path, str]:
     """
     if slugify(name) != name:
         raise InvalidInput(f"served name {name!r}: expected lower-case letters, digits and underscores")
-    preprocess = configs.preprocess_image(spec.vision.resolution)
     models = (
         configs.tokenize_text(),
-        preprocess,
+        configs.preprocess_image(spec.vision.resolution),
+        configs.guard_image(spec.vision.resolution),
         configs.text_tower(spec, name),
         configs.image_tower(spec, name),
         configs.cached_text_ensemble(spec, name),
@@ -48,9 +49,9 @@ def rendered_files(spec: ModelSpec, name: str) -> dict[Path, str]:
     )
     files = {Path(model.name, "config.pbtxt"): configs.render(model) for model in models}
     # Triton wants a version folder even where an ensemble has nothing in it, and git keeps no empty ones.
-    files |= {Path(model.name, "1", ".gitkeep"): "" for model in models[2:-2]}
-    sources = (_PREPROCESS_SOURCE, _SIMILARITY_SOURCE, _ZERO_SHOT_SOURCE)
-    for model, source in zip((preprocess, *models[-2:]), sources, strict=True):
+    files |= {Path(model.name, "1", ".gitkeep"): "" for model in models[3:-2]}
+    sources = (_PREPROCESS_SOURCE, _GUARD_SOURCE, _SIMILARITY_SOURCE, _ZERO_SHOT_SOURCE)
+    for model, source in zip((*models[1:3], *models[-2:]), sources, strict=True):
         files[Path(model.name, "1", "model.py")] = (REPOSITORY_DIR / source).read_text(encoding="utf-8")
     return files
 

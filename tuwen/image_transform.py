@@ -54,8 +54,8 @@ def decode_image(encoded: bytes) -> Image.Image:
     Raises:
         InvalidInput: empty, too large, of an unknown format, truncated or corrupt. The sentence says which.
     """
-    with _refusals():
-        image = _open_image(encoded)
+    with refusals():
+        image = open_image(encoded)
         image.load()
     return image
 
@@ -66,8 +66,8 @@ def decode_drafted(encoded: bytes, resolution: int) -> tuple[Image.Image, Box | 
     Returns:
         The picture, and the part of it that the file's own size covers; None where that is the whole.
     """
-    with _refusals():
-        image = _open_image(encoded)
+    with refusals():
+        image = open_image(encoded)
         least = DRAFT_FACTOR * resolution
         # Not CMYK: four scaled channels multiply in the conversion to RGB, which brought a corner off by 16 of 255.
         drafted = image.draft(None, (least, least)) if image.mode in ("RGB", "L") else None
@@ -89,7 +89,7 @@ class _CountedReads(io.BytesIO):
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
+def refusals() -> Iterator[None]:
     """Turns whatever a decoder raises into InvalidInput."""
     try:
         with warnings.catch_warnings():
@@ -105,7 +105,7 @@ def _refusals() -> Iterator[None]:
         raise InvalidInput(f"image cannot be decoded: {error}") from None
 
 
-def _open_image(encoded: bytes) -> Image.Image:
+def open_image(encoded: bytes) -> Image.Image:
     """The header alone, within all bounds; nothing is decoded yet."""
     if not encoded:
         raise InvalidInput("image is empty, expected an encoded picture file")

@@ -100,11 +100,13 @@ def packed_layout(num_tokens: int, offsets: Tensor, longest: Tensor) -> PackedLa
     columns = torch.arange(longest.shape[0], device=offsets.device)
     text_of_token = (tokens[:, None] >= offsets[None, 1:]).sum(1)
     positions = tokens - starts[text_of_token]
+    is_token = columns < lengths[:, None]
     return PackedLayout(
         positions=positions,
-        mask=(columns < lengths[:, None])[:, None, None, :],
+        mask=is_token[:, None, None, :],
         starts=starts,
-        row_index=(starts[:, None] + columns).clamp(max=num_tokens - 1),
+        # Not clamped to T - 1: TensorRT documents no Clip of integers.
+        row_index=torch.where(is_token, starts[:, None] + columns, 0),
         token_index=text_of_token * longest.shape[0] + positions,
     )
 

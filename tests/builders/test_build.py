@@ -372,7 +372,7 @@ def test_weights_above_the_limit_go_to_a_file_of_their_own(
     """Found by a relative name, so that the folder can be moved into place."""
     monkeypatch.setattr(onnx_export, "MAX_EMBEDDED_BYTES", 1000)
     (tmp_path / "staging").mkdir()
-    onnx_export._save(onnx.load(built_vit.onnx_path("image")), tmp_path / "staging" / "model.onnx")
+    onnx_export.save_proto(onnx.load(built_vit.onnx_path("image")), tmp_path / "staging" / "model.onnx")
     (tmp_path / "staging").rename(tmp_path / "1")
     assert sorted(path.name for path in (tmp_path / "1").iterdir()) == ["model.onnx", "model.onnx.data"]
     assert (tmp_path / "1" / "model.onnx").stat().st_size < 200_000

@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tuwen.cli.console import DEFAULT_REPOSITORY, Checkpoint, Json, Repository, stderr, stdout
 
+if TYPE_CHECKING:
+    from builders.build import BuildResult
+
+
+class Profile(StrEnum):
+    """Of the machine that serves: which artifacts are made."""
+
+    cpu = "cpu"
+    gpu = "gpu"
+
 
 class Precision(StrEnum):
-    """Of the served towers' weights."""
+    """Of the served towers."""
 
     fp32 = "fp32"
     int8 = "int8"
+    fp16 = "fp16"
+    bf16 = "bf16"
+    fp8 = "fp8"
+
+
+_PRECISION_HELP = "cpu: fp32 (default) or int8. gpu: fp16 (default), bf16, fp32, int8, fp8. All are checked."
 
 
 def build(
@@ -24,32 +41,76 @@ def build(
         str | None, typer.Option("--name", help="Name to serve under; default: the architecture's.")
     ] = None,
     model_version: Annotated[int, typer.Option("--version", help="Version folder; new weights go beside the old.")] = 1,
-    precision: Annotated[Precision, typer.Option("--precision", help="int8 is faster, and checked.")] = Precision.fp32,
+    profile: Annotated[Profile, typer.Option("--profile", help="gpu: TensorRT plans for the GPU here as well.")] = (
+        Profile.cpu
+    ),
+    precision: Annotated[Precision | None, typer.Option("--precision", help=_PRECISION_HELP)] = None,
+    if_changed: Annotated[bool, typer.Option("--if-changed", help="Make nothing that is there already.")] = False,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="gpu: plans that later TensorRT runs too; slower.")
+    ] = False,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="gpu: one plan for every GPU from Ampere on; slower.")
+    ] = False,
     tune: Annotated[bool, typer.Option("--tune", help="Measure what suits this machine.")] = False,
     repository: Repository = DEFAULT_REPOSITORY,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint to ONNX, check it against PyTorch, and place it in the model repository."""
+    from tuwen.cli.gpu_model import build_for_gpu
+
+    if profile is Profile.gpu:
+        compatible = (version_compatible, hardware_compatible)
+        build_for_gpu(checkpoint, name, repository, model_version, precision, compatible, if_changed, as_json)
+    else:
+        _build_for_cpu(checkpoint, name, repository, model_version, precision, tune, if_changed, as_json)
+
+
+def _build_for_cpu(
+    checkpoint: Path,
+    name: str | None,
+    repository: Path,
+    model_version: int,
+    precision: str | None,
+    tune: bool,
+    if_changed: bool,
+    as_json: bool,
+) -> None:
     from builders.build import build as run_build
     from builders.tune import tune as run_tune
 
     with stderr.status("building") as status:
-        result = run_build(checkpoint, name, repository, model_version, status.update, precision.value)
+        result = run_build(checkpoint, name, repository, model_version, status.update, precision or "fp32", if_changed)
         tuned = run_tune(repository, result.name, result.resolution, status.update) if tune else []
     if as_json:
-        parity = {kind: vars(measured) for kind, measured in result.parity.items()}
-        print(
-            json.dumps(
-                {"name": result.name, "fingerprint": result.fingerprint, "parity_with_pytorch": parity}
-                | ({"int8_against_fp32": vars(result.int8_cost)} if result.int8_cost else {})
-                | ({"tuned": [str(path) for path in tuned]} if tuned else {})
-            )
-        )
+        _print_json(result, tuned)
         return
-    for kind, parity_of_tower in result.parity.items():
+    _print_result(result)
+    for path in tuned:
+        stdout.print(f"{path}: what suits this machine, and what was measured", soft_wrap=True)
+    stdout.print(f"fingerprint {result.fingerprint}; now run: tuwen serve")
+
+
+def _print_json(result: BuildResult, tuned: list[Path]) -> None:
+    parity = {kind: vars(measured) for kind, measured in result.parity.items()}
+    print(
+        json.dumps(
+            {"name": result.name, "fingerprint": result.fingerprint, "parity_with_pytorch": parity}
+            | ({"int8_against_fp32": vars(result.int8_cost)} if result.int8_cost else {})
+            | ({"tuned": [str(path) for path in tuned]} if tuned else {})
+            | ({"is_current": True} if result.is_current else {})
+        )
+    )
+
+
+def _print_result(result: BuildResult) -> None:
+    if result.is_current:
+        stdout.print(f"{result.repository}/{result.name}, version {result.version}: current, nothing was made")
+        return
+    for kind, parity in result.parity.items():
         stdout.print(
             f"{result.repository}/{result.name}_{kind}_tower/{result.version}: equals PyTorch to cosine "
-            f"{parity_of_tower.min_cosine:.6f}, largest difference {parity_of_tower.max_abs_diff:.1e}",
+            f"{parity.min_cosine:.6f}, largest difference {parity.max_abs_diff:.1e}",
             soft_wrap=True,
         )
     if cost := result.int8_cost:
@@ -58,9 +119,6 @@ def build(
             f"{cost.recall_at_10:.1%}, float32 {cost.recall_at_10_fp32:.1%}",
             soft_wrap=True,
         )
-    for path in tuned:
-        stdout.print(f"{path}: what suits this machine, and what was measured", soft_wrap=True)
-    stdout.print(f"fingerprint {result.fingerprint}; now run: tuwen serve")
 
 
 def render(

@@ -1,0 +1,258 @@
+"""Checkpoint -> TensorRT plans of both towers, for the GPU at hand, beside the ONNX of the CPU build.
+
+tuwen build --checkpoint samples/emoji_tiny --profile gpu
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import get_args
+
+from builders.build import BuildResult, build, resolve_checkpoint
+from builders.build_record import Place, Record, read_record, sha256, tool_versions
+from builders.cuda_device import compute_capability
+from builders.onnx_export import TOWERS, TowerKind
+from builders.plan_gate import Feed, PlanParity, PlanPrecision, Run, gate_batches, measure_plan
+from builders.plan_runner import open_plan
+from builders.tensorrt_plan import (
+    AMPERE,
+    COMPUTE_CAPABILITIES,
+    BuiltPlan,
+    ComputeCapability,
+    PlanOptions,
+    build_plan,
+    import_tensorrt,
+    profile_shapes,
+)
+from tuwen.checkpoint import load_checkpoint
+from tuwen.errors import InvalidInput
+from tuwen.files import sync, write_text
+from tuwen.model import ChineseCLIP
+from tuwen.specs import ModelSpec
+
+DEFAULT_PRECISION: PlanPrecision = "fp16"
+# First GPUs whose matrix units take the type. Source: CUDA's programming guide, "Compute Capabilities".
+_FIRST_CAPABILITY: dict[PlanPrecision, ComputeCapability] = {"bf16": AMPERE, "fp8": ComputeCapability(8, 9)}
+_ONNX, _PLAN = "reduced.onnx", "model.plan"
+
+OnStage = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What builds plans and what runs them.
+
+    Attributes:
+        target: a GPU that is not there, with a module that builds ahead of time; `open_plan` is then something else.
+    """
+
+    trt: ModuleType
+    capability: ComputeCapability
+    target: ComputeCapability | None = None
+    open_plan: Callable[[ModuleType, Path], AbstractContextManager[Run]] = open_plan
+
+
+@dataclass(frozen=True)
+class GpuBuildResult:
+    """The CPU build beneath, and the record of each plan; `is_current`: they stood there already."""
+
+    cpu: BuildResult
+    plan_name: str
+    plans: dict[TowerKind, Record] = field(default_factory=dict)
+    is_current: bool = False
+
+    def parity(self, kind: TowerKind) -> PlanParity:
+        return PlanParity(**self.plans[kind]["parity"])
+
+
+def find_gpu() -> Gpu:
+    """The first GPU, and TensorRT.
+
+    Raises:
+        MissingDependency: either is missing, in a sentence with the way out.
+    """
+    return Gpu(capability=compute_capability(), trt=import_tensorrt())
+
+
+def build_gpu(
+    checkpoint: Path,
+    name: str | None,
+    repository: Path,
+    model_version: int = 1,
+    on_stage: OnStage = lambda stage: None,
+    precision: PlanPrecision = DEFAULT_PRECISION,
+    options: PlanOptions = PlanOptions(),  # noqa: B008 - frozen
+    if_changed: bool = False,
+    find_gpu: Callable[[], Gpu] = find_gpu,
+) -> GpuBuildResult:
+    """Build the CPU model where it is not current, then both plans; neither is placed unless both pass the gate.
+
+    Args:
+        if_changed: build no plans either where those that stand there are what would be made.
+    Raises:
+        MissingDependency: there is no GPU, driver or TensorRT; the CPU model stays, and can be served.
+        InvalidInput: as `build`, and for a precision that the GPU does not have.
+        ExportFailed, PlanFailed: a tower or a plan does not compute what PyTorch computes.
+    """
+    if precision not in get_args(PlanPrecision):
+        raise InvalidInput(f"precision {precision}: expected {', '.join(get_args(PlanPrecision))}")
+    checkpoint = resolve_checkpoint(checkpoint)
+    cpu = build(checkpoint, name, repository, model_version, on_stage, "fp32", if_changed=True)
+    gpu = find_gpu()
+    _check_precision(precision, gpu.capability)
+    plan_name, pipeline = gpu.capability.plan_name, pipeline_path(repository, cpu.resolution)
+    expected = {kind: _expected_record(cpu.place, kind, precision, gpu, options) for kind in TOWERS}
+    if if_changed and pipeline.is_file() and (plans := _current_plans(cpu.place, plan_name, expected)):
+        return GpuBuildResult(cpu, plan_name, plans, is_current=True)
+    on_stage("writing the preprocessing pipeline")
+    _write_pipeline(cpu.resolution, pipeline)
+    options = _complete(options, repository, gpu)
+    model = load_checkpoint(checkpoint)
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=repository) as staging_name:
+        records: dict[TowerKind, Record] = {}
+        for kind in TOWERS:
+            folder = Path(staging_name, kind)
+            folder.mkdir()
+            measured = _build_tower(model, kind, cpu.place, precision, gpu, options, folder, on_stage)
+            records[kind] = expected[kind] | measured
+        on_stage("placing")
+        for kind, record in records.items():
+            plan = Path(staging_name, kind, _PLAN)
+            _place(plan, record, cpu.place.tower_dir(kind), _names(gpu.capability, options))
+    return GpuBuildResult(cpu, plan_name, records)
+
+
+def _check_precision(precision: PlanPrecision, capability: ComputeCapability) -> None:
+    first = _FIRST_CAPABILITY.get(precision)
+    if first is not None and capability < first:
+        raise InvalidInput(
+            f"precision {precision}: needs compute capability {first}, this GPU has {capability}"
+        )
+
+
+def pipeline_path(repository: Path, resolution: int) -> Path:
+    """Where Triton's DALI backend reads it."""
+    return repository / f"preprocess_image_{resolution}" / "1" / "model.dali"
+
+
+def _write_pipeline(resolution: int, path: Path) -> None:
+    from builders.dali_pipeline import write_pipeline
+
+    write_pipeline(resolution, path, "gpu")
+
+
+def _complete(options: PlanOptions, repository: Path, gpu: Gpu) -> PlanOptions:
+    """The target, and a timing cache in a hidden folder, which Triton does not load and a volume keeps."""
+    cache = repository / ".tensorrt" / f"timing_{gpu.capability.sm}_{gpu.trt.__version__}.cache"
+    return replace(options, target=gpu.target, timing_cache=options.timing_cache or cache)
+
+
+def _build_tower(
+    model: ChineseCLIP,
+    kind: TowerKind,
+    place: Place,
+    precision: PlanPrecision,
+    gpu: Gpu,
+    options: PlanOptions,
+    folder: Path,
+    on_stage: OnStage,
+) -> Record:
+    """Reduce, build and measure one tower in `folder`; what was measured goes into its record."""
+    from builders.reduced_precision import first_overflow
+
+    onnx_path, reduced = place.tower_dir(kind) / "model.onnx", folder / _ONNX
+    on_stage(f"casting the {kind} tower to {precision}")
+    reduced = reduce_tower(onnx_path, reduced, kind, model.spec, precision)
+    on_stage(f"building the {kind} tower's plan for {gpu.capability.sm}, minutes for a large one")
+    built = build_plan(gpu.trt, reduced, folder / _PLAN, profile_shapes(model.spec, kind), options)
+    on_stage(f"comparing the {kind} tower's plan with PyTorch and ONNX Runtime")
+    with gpu.open_plan(gpu.trt, folder / _PLAN) as run:
+        find_overflow: Callable[[Feed], str | None] = partial(first_overflow, reduced)
+        parity = measure_plan(run, onnx_path, kind, precision, gate_batches(model, kind), find_overflow)
+    return _measured_record(built, parity)
+
+
+def reduce_tower(onnx_path: Path, out_path: Path, kind: TowerKind, spec: ModelSpec, precision: PlanPrecision) -> Path:
+    """The tower in `precision`: at `out_path`, or the float32 file as it is."""
+    if precision == "fp32":
+        return onnx_path
+    if precision in ("int8", "fp8"):
+        from builders.quantize_dequantize import calibration_feeds, write_quantized
+
+        write_quantized(onnx_path, out_path, kind, spec, precision, calibration_feeds(spec, kind))
+    else:
+        from builders.reduced_precision import write_half
+
+        write_half(onnx_path, out_path, precision)
+    return out_path
+
+
+def _expected_record(place: Place, kind: TowerKind, precision: PlanPrecision, gpu: Gpu, options: PlanOptions) -> Record:
+    """All that decides what a plan is. A record with other values, or with fewer, is of another plan."""
+    record = read_record(place.tower_dir(kind) / "build.json") or {}
+    return {
+        "architecture": record["architecture"],
+        "tower": kind,
+        "fingerprint": record["fingerprint"],
+        "onnx_sha256": sha256(place.tower_dir(kind) / "model.onnx"),
+        "precision": precision,
+        "compute_capability": str(gpu.capability),
+        "tensorrt": {"module": gpu.trt.__name__, "version": gpu.trt.__version__},
+        "version_compatible": options.version_compatible,
+        "hardware_compatible": options.hardware_compatible,
+        "workspace_bytes": options.workspace_bytes,
+        "tools": tool_versions(),
+    }
+
+
+def _measured_record(built: BuiltPlan, parity: PlanParity) -> Record:
+    return {
+        "parity": asdict(parity),
+        "num_layers": built.num_layers,
+        "build_seconds": round(built.seconds, 1),
+        "size_bytes": built.size_bytes,
+    }
+
+
+def _current_plans(place: Place, plan_name: str, expected: dict[TowerKind, Record]) -> dict[TowerKind, Record]:
+    """The records of both plans, if they are of what is expected and the plans are there; else nothing."""
+    found: dict[TowerKind, Record] = {}
+    for kind, wanted in expected.items():
+        plan = place.tower_dir(kind) / plan_name
+        record = read_record(plan.with_suffix(".json")) or {}
+        is_same = all(record.get(key) == value for key, value in wanted.items())
+        if not is_same or not plan.is_file() or plan.stat().st_size != record.get("size_bytes"):
+            return {}
+        found[kind] = record
+    return found
+
+
+def _names(capability: ComputeCapability, options: PlanOptions) -> list[str]:
+    """File names for the plan, that of its own GPU first; one for every GPU has the names of all of them."""
+    others = [one for one in COMPUTE_CAPABILITIES if options.hardware_compatible and one >= AMPERE]
+    return list(dict.fromkeys(one.plan_name for one in (capability, *others)))
+
+
+def _place(plan: Path, record: Record, folder: Path, names: list[str]) -> None:
+    """Put a plan where Triton reads it. Its record goes first and comes last: a kill leaves none, not a wrong one."""
+    for name in names:
+        (folder / name).with_suffix(".json").unlink(missing_ok=True)
+    sync(plan)
+    for name in names:
+        temporary = folder / f".{name}.{os.getpid()}"
+        try:
+            os.link(plan, temporary)
+        except OSError:  # some volumes have no hard links
+            shutil.copyfile(plan, temporary)
+        os.replace(temporary, folder / name)
+    for name in names:
+        write_text((folder / name).with_suffix(".json"), json.dumps(record, indent=2) + "\n")
