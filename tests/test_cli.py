@@ -28,6 +28,7 @@ COMMANDS = (
     "render",
     "serve",
     "search",
+    "web",
     "classifier",
     "calibrate",
     "bench",
@@ -113,7 +114,18 @@ def test_every_command_has_help(in_process: Main, command: str) -> None:
 
 def test_help_is_quick_to_import() -> None:
     """A command's packages are imported when it runs: help needs neither torch nor onnx nor tritonclient."""
-    heavy = ("torch", "onnx", "onnxruntime", "tritonclient", "numpy", "training", "builders", "eval", "perf")
+    heavy = (
+        "torch",
+        "onnx",
+        "onnxruntime",
+        "tritonclient",
+        "numpy",
+        "training",
+        "builders",
+        "eval",
+        "perf",
+        "starlette",
+    )
     code = f"import sys, tuwen.cli; print([name for name in {heavy} if name in sys.modules])"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert ended.stdout == "[]\n"

@@ -24,6 +24,7 @@ from tuwen.cli.model import build, render
 from tuwen.cli.search import search
 from tuwen.cli.serving import serve
 from tuwen.cli.training import teacher_features, train
+from tuwen.cli.web import web
 
 app = typer.Typer(
     help="图文 Tuwen: train, evaluate, build and serve Chinese-CLIP.",
@@ -38,7 +39,7 @@ add_file_commands(eval_app)
 app.add_typer(eval_app, name="eval")
 app.add_typer(classifier_app, name="classifier")
 app.add_typer(bench_app, name="bench")
-for command in (teacher_features, features, build, render, serve, search, calibrate):
+for command in (teacher_features, features, build, render, serve, search, web, calibrate):
     app.command()(command)
 
 

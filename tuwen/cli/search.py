@@ -35,7 +35,7 @@ def search(
     from tuwen_client import Client, InvalidInput
     from tuwen_client.search import contact_sheet, rank_pictures
 
-    pictures = _gallery(images)
+    pictures = gallery(images)
     skipped: list[InvalidInput] = []
     with embedded_server(repository) if start_server else nullcontext() as started:
         with Client(started.grpc if started else url, model) as client, progress_bar("embedding pictures") as report:
@@ -67,20 +67,27 @@ def search(
     stdout.print(table)
 
 
-def _gallery(path: Path) -> list[Picture]:
+def gallery(path: Path) -> list[Picture]:
     """Pictures of a folder, named by path; or of a TSV, named by their captions where a JSONL lies beside it."""
     from tuwen_client.search import Picture, read_folder
 
-    from tuwen.data.pairs import iter_images, iter_texts
+    from tuwen.data.pairs import iter_images
 
     if path.suffix != ".tsv":
         return read_folder(path)
+    names = captions_of(path)
+    return [Picture(names.get(one.image_id, str(one.image_id)), one.encoded) for one in iter_images(path)]
+
+
+def captions_of(path: Path) -> dict[int, str]:
+    """By image id, the caption that describes fewest others, the first of such; none without a TSV and its JSONL."""
+    from tuwen.data.pairs import iter_texts
+
     texts_path = path.with_name(path.name.replace("_imgs.tsv", "_texts.jsonl"))
-    texts = list(iter_texts(texts_path)) if texts_path.is_file() else []
-    # A picture's name is the caption that describes fewest others, the first of such: the later in this order wins.
-    by_reach = sorted(reversed(texts), key=lambda text: -len(text.image_ids))
-    captions = {image_id: text.text for text in by_reach for image_id in text.image_ids}
-    return [Picture(captions.get(one.image_id, str(one.image_id)), one.encoded) for one in iter_images(path)]
+    if path.suffix != ".tsv" or not texts_path.is_file():
+        return {}
+    by_reach = sorted(reversed(list(iter_texts(texts_path))), key=lambda text: -len(text.image_ids))
+    return {image_id: text.text for text in by_reach for image_id in text.image_ids}  # the later in this order wins
 
 
 @contextmanager
