@@ -6,9 +6,9 @@ ARG TRITON_RELEASE
 FROM python:3.11.14-slim-bookworm AS cpu
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOME=/home/tuwen
 COPY docker/requirements/builder.txt /opt/tuwen/requirements.txt
-RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu -r /opt/tuwen/requirements.txt
-# A new volume takes its owner from the folder that it covers.
-RUN install -d -o 1000 -g 1000 /models /home/tuwen /home/tuwen/.cache
+RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu -r /opt/tuwen/requirements.txt \
+ # A new volume takes its owner from the folder that it covers.
+ && install -d -o 1000 -g 1000 /models /home/tuwen /home/tuwen/.cache
 COPY docker/tuwen /usr/local/bin/tuwen
 COPY tuwen /opt/tuwen/tuwen
 COPY builders /opt/tuwen/builders
@@ -28,9 +28,9 @@ COPY docker/requirements/builder.txt docker/requirements/builder-gpu.txt /opt/tu
 RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu -r /opt/tuwen/builder.txt \
  && pip install --no-cache-dir --no-deps -r /opt/tuwen/builder-gpu.txt
 COPY docker/tensorrt /opt/tuwen/tensorrt
-COPY docker/check_tensorrt.py /opt/tuwen/check_tensorrt.py
-RUN PYTHONPATH=/opt/tuwen python3 /opt/tuwen/check_tensorrt.py
-RUN install -d -o 1000 -g 1000 /models /home/tuwen /home/tuwen/.cache
+COPY docker/check_gpu_builder.py /opt/tuwen/check_gpu_builder.py
+RUN PYTHONPATH="/opt/tuwen:${PYTHONPATH}" python3 /opt/tuwen/check_gpu_builder.py \
+ && install -d -o 1000 -g 1000 /models /home/tuwen /home/tuwen/.cache
 COPY docker/tuwen /usr/local/bin/tuwen
 COPY tuwen /opt/tuwen/tuwen
 COPY builders /opt/tuwen/builders

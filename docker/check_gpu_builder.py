@@ -1,11 +1,12 @@
-"""Are TensorRT's Python bindings those of the libnvinfer beside them? Exits 1 with a sentence if not.
+"""Are TensorRT's Python bindings those of the libnvinfer beside them, and is DALI there? Else exit 1 with a sentence.
 
-    python3 check_tensorrt.py        # run while the image of the GPU builder is built
+python3 check_gpu_builder.py        # run while the image of the GPU builder is built; needs no GPU
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import sys
 
 
@@ -35,7 +36,10 @@ def complaint(bindings: str, library: str) -> str | None:
 def main() -> None:
     bindings = bindings_version()  # loads the library too
     library = library_version(ctypes.CDLL(f"libnvinfer.so.{bindings.split('.')[0]}"))
-    sys.exit(complaint(bindings, library))
+    if differs := complaint(bindings, library):
+        sys.exit(differs)
+    dali = importlib.import_module("nvidia.dali")
+    print(f"TensorRT {library}, DALI {dali.__version__}")
 
 
 if __name__ == "__main__":
