@@ -134,9 +134,7 @@ def build_gpu(
 def _check_precision(precision: PlanPrecision, capability: ComputeCapability) -> None:
     first = _FIRST_CAPABILITY.get(precision)
     if first is not None and capability < first:
-        raise InvalidInput(
-            f"precision {precision}: needs compute capability {first}, this GPU has {capability}"
-        )
+        raise InvalidInput(f"precision {precision}: needs compute capability {first}, this GPU has {capability}")
 
 
 def pipeline_path(repository: Path, resolution: int) -> Path:
