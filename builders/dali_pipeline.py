@@ -52,7 +52,7 @@ def _define(resolution: int, device: Device) -> Any:
             files,
             device="mixed" if device == "gpu" else "cpu",
             output_type=types.RGB,
-            adjust_orientation=False,  # as in training
+            **_as_in_training(dali),
             jpeg_fancy_upsampling=True,  # chroma as Pillow interpolates it, on a GPU too
         )
         # Rounded to uint8, as Pillow's: without, overshooting edges differ by 14 levels instead of 6.
@@ -69,6 +69,12 @@ def _define(resolution: int, device: Device) -> Any:
         )
         pipeline.set_outputs(pixel_values)
     return pipeline
+
+
+def _as_in_training(dali: Any) -> dict[str, bool]:
+    """Pictures stay as they lie. DALI 1.53 and 2.0 never turn them and know no such argument; Triton 25.10 has 1.51."""
+    has_argument = dali.backend.GetSchema("decoders__Image").HasArgument("adjust_orientation")
+    return {"adjust_orientation": False} if has_argument else {}
 
 
 def _import_dali() -> tuple[Any, Any, Any]:

@@ -8,7 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,16 @@ def machine() -> dict[str, Any]:
         "cpu": models[0] if models else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        **{tool: version(tool) for tool in _TOOLS},
+        **{tool: found for tool in _TOOLS if (found := _version(tool))},
     }
+
+
+def _version(tool: str) -> str | None:
+    """None where it is not installed: a machine that only sends requests needs neither torch nor a server."""
+    try:
+        return version(tool)
+    except PackageNotFoundError:
+        return None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -36,7 +36,12 @@ def serve(
         str, typer.Option("--config-name", help="Load configs/NAME.pbtxt where a model has one.")
     ] = TUNED_CONFIG,
     restart: Annotated[bool, typer.Option("--restart/--no-restart", help="Replace what dies or hangs.")] = True,
-    log_file: Annotated[Path | None, typer.Option("--log-file", help="Keep Triton's log here.")] = None,
+    log_file: Annotated[
+        Path | None, typer.Option("--log-file", help="Keep Triton's log here; - for standard error.")
+    ] = None,
+    metrics_everywhere: Annotated[
+        bool, typer.Option("--metrics-everywhere", help="Metrics on all addresses, whatever --host and TLS say.")
+    ] = False,
 ) -> None:
     """Serve what has been built with the embedded Triton, until Ctrl-C or SIGTERM; then finish what is under way."""
     from tuwen.serving.access import make_tls, new_token, read_token
@@ -58,6 +63,7 @@ def serve(
             cache_size_bytes=cache_mib << 20,
             tls=tls,
             admin_token=token,
+            metrics_everywhere=metrics_everywhere,
         )
 
     _run(Supervisor(make_server, max_repairs=None if restart else 0, on_event=_tell))

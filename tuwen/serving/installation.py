@@ -1,6 +1,7 @@
-"""The `tritonserver` inside the wheel nvidia-pytriton: where it lies, its backend folder, its environment.
+"""The `tritonserver` that is run: where it lies, its backend folder, its environment.
 
-The wheel has the server, its libraries and the Python backend, but no ONNX Runtime backend: ours joins them.
+The one inside the wheel nvidia-pytriton, which has the Python backend but none for ONNX Runtime: ours joins it. Or, in
+NVIDIA's image, the one that TUWEN_TRITON_DIR names, /opt/tritonserver, with all its backends.
 """
 
 import ctypes.util
@@ -15,11 +16,11 @@ from pathlib import Path
 
 from tuwen.errors import MissingDependency
 
+TRITON_DIR_VARIABLE = "TUWEN_TRITON_DIR"
 _INSTALL_HINT = "pip install 'tuwen[serve]'"
 # The wheel's tag is manylinux_2_35; pip would refuse it elsewhere, a copied venv would not.
 _MIN_GLIBC = (2, 35)
 _STUB_NAME = "triton_python_backend_stub"
-BACKENDS = "backends"
 MALLOC_ARENAS = "2"
 _PACKAGE_DIR = Path(__file__).resolve().parents[1]
 _EMBEDDED_BACKENDS_DIR = _PACKAGE_DIR / "serving" / "embedded_backends"
@@ -27,7 +28,16 @@ _PYTHON_VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 @dataclass(frozen=True)
-class Installation:
+class ImageInstallation:
+    """The server of NVIDIA's image: complete, and at home in the environment that the image made."""
+
+    binary: Path
+    backends_dir: Path
+    caches_dir: Path
+
+
+@dataclass(frozen=True)
+class WheelInstallation:
     """Files of the wheel that a server needs."""
 
     binary: Path
@@ -37,12 +47,29 @@ class Installation:
     caches_dir: Path
 
 
+Installation = ImageInstallation | WheelInstallation
+
+
 def find_installation() -> Installation:
-    """The wheel's server for this Python.
+    """The server in TUWEN_TRITON_DIR; without that, the wheel's for this Python.
 
     Raises:
-        MissingDependency: no wheel, or this platform, Python or numpy does not go with it.
+        MissingDependency: no server there; or no wheel, or this platform, Python or numpy does not go with it.
     """
+    triton_dir = os.environ.get(TRITON_DIR_VARIABLE)
+    return _find_in_image(Path(triton_dir)) if triton_dir else _find_in_wheel()
+
+
+def _find_in_image(triton_dir: Path) -> ImageInstallation:
+    installation = ImageInstallation(
+        triton_dir / "bin" / "tritonserver", triton_dir / "backends", triton_dir / "caches"
+    )
+    if not installation.binary.is_file():
+        raise MissingDependency(f"{TRITON_DIR_VARIABLE}={triton_dir}: no server there, expected bin/tritonserver")
+    return installation
+
+
+def _find_in_wheel() -> WheelInstallation:
     _require_platform()
     spec = importlib.util.find_spec("pytriton")  # finds it without importing it
     if spec is None or not spec.submodule_search_locations:
@@ -50,7 +77,7 @@ def find_installation() -> Installation:
     package_dir = Path(spec.submodule_search_locations[0])
     triton_dir = package_dir / "tritonserver"
     stubs_dir = triton_dir / "python_backend_stubs"
-    installation = Installation(
+    installation = WheelInstallation(
         binary=triton_dir / "bin" / "tritonserver",
         libs_dir=package_dir.parent / "nvidia_pytriton.libs",
         python_backend_dir=triton_dir / "backends" / "python",
@@ -67,16 +94,18 @@ def find_installation() -> Installation:
     return installation
 
 
-def assemble_run_dir(installation: Installation, run_dir: Path) -> None:
-    """Fill an empty folder, the server's working folder: backends/ with the wheel's and ours, and a link to this tuwen.
+def assemble_run_dir(installation: Installation, run_dir: Path) -> Path:
+    """Fill an empty folder, the server's working folder, with a link to this tuwen; returns the folder of backends.
 
-    Backends are copies: Triton refuses a backend library whose real path lies outside the backend folder
-    ("backend library name 'libtriton_python.so' escapes backend directory").
+    The wheel's backends and ours are put together there, as copies: Triton refuses a backend library whose real path
+    lies outside the backend folder ("backend library name 'libtriton_python.so' escapes backend directory").
     """
     # A model process ignores PYTHONPATH (its Python is isolated) but looks in its working folder before site-packages:
     # so it imports the tuwen that started it, whether installed, editable or on our path.
     (run_dir / "tuwen").symlink_to(_PACKAGE_DIR, target_is_directory=True)
-    backends_dir = run_dir / BACKENDS
+    if isinstance(installation, ImageInstallation):
+        return installation.backends_dir
+    backends_dir = run_dir / "backends"
     python_dir = backends_dir / "python"
     shutil.copytree(installation.python_backend_dir, python_dir, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(installation.stub_path, python_dir / _STUB_NAME)
@@ -84,6 +113,7 @@ def assemble_run_dir(installation: Installation, run_dir: Path) -> None:
     for model_path in _EMBEDDED_BACKENDS_DIR.glob("*/model.py"):
         backend_dir = model_path.parent
         shutil.copytree(backend_dir, backends_dir / backend_dir.name, ignore=shutil.ignore_patterns("__pycache__"))
+    return backends_dir
 
 
 def server_environment(installation: Installation) -> dict[str, str]:
@@ -91,6 +121,8 @@ def server_environment(installation: Installation) -> dict[str, str]:
     environment = dict(os.environ)
     # Pictures are decoded in threads, each of which would keep memory of its own: 20 MiB more after 100,000 odd files.
     environment.setdefault("MALLOC_ARENA_MAX", MALLOC_ARENAS)
+    if isinstance(installation, ImageInstallation):
+        return environment
     # A model process embeds Python and finds its prefix, hence the venv's packages, through `python3` on PATH.
     environment["PATH"] = _joined([str(Path(sys.executable).parent)], environment.get("PATH"))
     library_dirs = [str(installation.libs_dir), *(str(directory) for directory in _python_library_dirs())]

@@ -1,4 +1,4 @@
-"""Start, await and stop the real Triton that lies inside the wheel nvidia-pytriton.
+"""Start, await and stop the real Triton: the one inside the wheel nvidia-pytriton, or that of NVIDIA's image.
 
     with EmbeddedServer(Path("model_repository")) as server:   # every built ensemble, ready
         print(server.endpoints.grpc)
@@ -24,7 +24,7 @@ from types import TracebackType
 from tuwen.errors import TuwenError
 from tuwen.serving.access import Tls, check_token, new_token, token_arguments
 from tuwen.serving.control import ControlFailed, ServerControl
-from tuwen.serving.installation import BACKENDS, Installation, assemble_run_dir, find_installation, server_environment
+from tuwen.serving.installation import Installation, assemble_run_dir, find_installation, server_environment
 from tuwen.serving.model_processes import model_of
 from tuwen.serving.model_repository import (
     built_models,
@@ -45,6 +45,9 @@ REVIVE_TIMEOUT_S = 60
 DEFAULT_CACHE_SIZE_BYTES = 64 << 20
 _POLL_INTERVAL_S = 0.05
 _LOOPBACK = "127.0.0.1"
+_EVERYWHERE = "0.0.0.0"
+# As a log's path: this process's own standard error, which is where a container's log is looked for.
+STDERR = Path("-")
 _FIXED_ARGUMENTS = (
     # Our configurations are complete. Completing them starts every model process twice: 1.9 s against 0.3 s.
     "--disable-auto-complete-config",
@@ -88,16 +91,18 @@ class EmbeddedServer:
         cache_size_bytes: int = DEFAULT_CACHE_SIZE_BYTES,
         tls: Tls | None = None,
         admin_token: str | None = None,
+        metrics_everywhere: bool = False,
     ) -> None:
         """Nothing is touched before start().
 
         Args:
             models: the models to load, with the parts of ensembles; none given: every ensemble that is built.
-            log_path: Triton's log; None keeps it in a temporary folder, which an orderly stop removes.
+            log_path: Triton's log; None keeps it in a temporary folder, which an orderly stop removes; STDERR shows it.
             model_config_name: the profile: configs/NAME.pbtxt where a model has one, config.pbtxt elsewhere.
             cache_size_bytes: of the cache of answers, for models whose config says response_cache; 0 turns it off.
             tls: of the gRPC endpoint; Triton's HTTP has none, so HTTP and metrics then stay on loopback.
             admin_token: opens loading, tracing, logging and shared memory; None: one that is made up.
+            metrics_everywhere: they listen on all addresses, where `host` or TLS would keep them on one.
         """
         self._repository = repository.absolute()
         self._models = models
@@ -110,10 +115,16 @@ class EmbeddedServer:
         self._tls = tls
         self.admin_token = check_token(admin_token, "admin_token") if admin_token is not None else new_token()
         # A wildcard address is for listening; a client on this machine uses loopback.
-        self._client_host = _LOOPBACK if host == "0.0.0.0" else host
+        self._client_host = _LOOPBACK if host == _EVERYWHERE else host
         self._plain_host = _LOOPBACK if tls else host
         self._plain_client_host = _LOOPBACK if tls else self._client_host
-        self._log_path = log_path.absolute() if log_path else None
+        self._hosts = {
+            "--grpc-port": host,
+            "--http-port": self._plain_host,
+            "--metrics-port": _EVERYWHERE if metrics_everywhere else self._plain_host,
+        }
+        self._logs_to_stderr = log_path == STDERR
+        self._log_path = log_path.absolute() if log_path and not self._logs_to_stderr else None
         self._state_dir: Path | None = None
         self._process: ServerProcess | None = None
         self._keep_log = log_path is not None
@@ -147,7 +158,7 @@ class EmbeddedServer:
 
     @property
     def log_path(self) -> Path | None:
-        """Triton's own log; None before start() unless one was asked for."""
+        """Triton's own log; None before start() unless one was asked for, and where it goes to standard error."""
         return self._log_path
 
     def __enter__(self) -> "EmbeddedServer":
@@ -285,7 +296,7 @@ class EmbeddedServer:
             flags[port] = flag
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                host = self._host if flag == "--grpc-port" else self._plain_host
+                host = self._hosts[flag]
                 try:
                     probe.bind((host, port))
                 except OSError as error:
@@ -297,13 +308,14 @@ class EmbeddedServer:
         self._state_dir = Path(tempfile.mkdtemp(prefix="tuwen-serve-"))
         run_dir = self._state_dir / "run"
         run_dir.mkdir()
-        assemble_run_dir(installation, run_dir)
-        self._log_path = self._log_path or self._state_dir / "tritonserver.log"
-        self._log_path.parent.mkdir(parents=True, exist_ok=True)
+        backends_dir = assemble_run_dir(installation, run_dir)
+        if not self._logs_to_stderr:
+            self._log_path = self._log_path or self._state_dir / "tritonserver.log"
+            self._log_path.parent.mkdir(parents=True, exist_ok=True)
         shm_prefix = f"tuwen_{os.getpid()}_{uuid.uuid4().hex[:8]}_"
         try:
             return ServerProcess(
-                [str(installation.binary), *self._arguments(installation, models, run_dir, shm_prefix)],
+                [str(installation.binary), *self._arguments(installation, models, backends_dir, shm_prefix)],
                 environment=server_environment(installation),
                 run_dir=run_dir,
                 log_path=self._log_path,
@@ -312,15 +324,16 @@ class EmbeddedServer:
         except OSError as error:
             raise ServerError(f"cannot start the server: {error}") from error
 
-    def _arguments(self, installation: Installation, models: list[str], run_dir: Path, shm_prefix: str) -> list[str]:
+    def _arguments(
+        self, installation: Installation, models: list[str], backends_dir: Path, shm_prefix: str
+    ) -> list[str]:
         return [
             f"--model-repository={self._repository}",
-            f"--backend-directory={run_dir / BACKENDS}",
+            f"--backend-directory={backends_dir}",
             "--model-control-mode=explicit",
             *(f"--load-model={name}" for name in models),
             *([f"--model-config-name={self._model_config_name}"] if self._model_config_name else []),
-            f"--grpc-address={self._host}",
-            *(f"--{service}-address={self._plain_host}" for service in ("http", "metrics")),
+            *(f"{flag.replace('port', 'address')}={host}" for flag, host in self._hosts.items()),
             *(f"{flag}={port}" for flag, port in self._ports.items()),
             *(self._tls.arguments() if self._tls else []),
             *token_arguments(self.admin_token),
@@ -347,7 +360,7 @@ class EmbeddedServer:
 
     def _error(self, sentence: str) -> ServerError:
         self._keep_log = True
-        return ServerError(f"{sentence} (Triton's log: {self._log_path})")
+        return ServerError(f"{sentence} (Triton's log: {self._log_path or 'on standard error'})")
 
     def _last_line(self) -> str:
         line = last_meaningful_line(self._read_log())

@@ -32,12 +32,13 @@ class ServerProcess:
     """Started by the constructor; over once it ended or one of its model processes died."""
 
     def __init__(
-        self, command: list[str], *, environment: dict[str, str], run_dir: Path, log_path: Path, shm_prefix: str
+        self, command: list[str], *, environment: dict[str, str], run_dir: Path, log_path: Path | None, shm_prefix: str
     ) -> None:
         """Start it.
 
         Args:
             run_dir: its working folder, where its model processes look for modules first.
+            log_path: what it says; None: on this process's standard error.
             shm_prefix: every segment of that name in /dev/shm is its own, and removed when it ends.
         Raises:
             OSError: the log cannot be written or the process cannot be started.
@@ -102,11 +103,11 @@ class ServerProcess:
         command: list[str],
         environment: dict[str, str],
         run_dir: Path,
-        log_path: Path,
+        log_path: Path | None,
         launched: threading.Event,
     ) -> None:
         try:
-            with log_path.open("wb") as log_file:
+            with log_path.open("wb") if log_path else contextlib.nullcontext(sys.stderr) as log_file:
                 # A session of its own: Ctrl-C reaches `tuwen serve` alone, and the model processes form one group.
                 process = self._process = subprocess.Popen(
                     [sys.executable, "-I", "-S", "-c", _EXEC_TIED_TO_PARENT, str(os.getpid()), *command],
