@@ -7,10 +7,11 @@ what a GPU does that multiplies in the low precision and adds up in float32.
 
 from __future__ import annotations
 
+import gc
 import math
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,15 @@ def measure_half_parity(
     with tempfile.TemporaryDirectory() as folder:
         twin = Path(folder, half_path.name)
         write_twin(half_path, twin)
+        gc.collect()  # as in load_graph
         return measure_parity(model, kind, twin, fingerprint, num_real, optimise=False)
 
 
 def write_twin(half_path: Path, out_path: Path) -> None:
-    """Write the float32 twin of a low-precision graph; of a float32 graph, the graph itself."""
+    """Write the float32 twin of a low-precision graph, weights beside it; of a float32 graph, the graph itself."""
     graph = load_graph(half_path)
     _to_twin(graph)
-    save_graph(graph, out_path)
+    save_graph(graph, out_path, embed=False)
 
 
 def first_overflow(onnx_path: Path, feed: Feed) -> str | None:
@@ -74,22 +76,27 @@ def first_overflow(onnx_path: Path, feed: Feed) -> str | None:
 
 def measure_activations(onnx_path: Path, feed: Feed) -> list[Activation]:
     """The largest magnitude that each node of floats computes of this input, in the order of computation."""
+    with tempfile.TemporaryDirectory() as folder:
+        tapped_path = Path(folder, onnx_path.name)
+        nodes = _write_tapped(onnx_path, tapped_path)
+        gc.collect()  # as in load_graph: the session holds the weights once more
+        results = open_session(tapped_path, optimise=False).run(None, dict(feed))
+    found = zip(nodes, results[::2], results[1::2], strict=True)
+    # The largest passes over NaN, the sum does not.
+    return [replace(node, largest=math.nan if math.isnan(total) else float(best)) for node, best, total in found]
+
+
+def _write_tapped(onnx_path: Path, out_path: Path) -> list[Activation]:
+    """Write a twin that tells two numbers of each node of floats; the nodes in that order, not measured yet."""
     graph = load_graph(onnx_path).toposort()
     tapped = [(node, node.outputs[0]) for node in graph.nodes if node.op not in MOVES and _is_float(node.outputs[0])]
-    is_half = [_half_type(tensor) is not None for _, tensor in tapped]
+    nodes = [Activation(node.name, node.op, math.nan, _half_type(tensor) is not None) for node, tensor in tapped]
     _to_twin(graph)
     for _, tensor in tapped:
         _tap(graph, tensor)
     graph.outputs = graph.outputs[-2 * len(tapped) :]
-    with tempfile.TemporaryDirectory() as folder:
-        save_graph(graph, Path(folder, onnx_path.name))
-        results = open_session(Path(folder, onnx_path.name), optimise=False).run(None, dict(feed))
-    # The largest passes over NaN, the sum does not.
-    found = zip(tapped, results[::2], results[1::2], is_half, strict=True)
-    return [
-        Activation(node.name, node.op, math.nan if math.isnan(total) else float(largest), half)
-        for (node, _), largest, total, half in found
-    ]
+    save_graph(graph, out_path, embed=False)
+    return nodes
 
 
 def _tap(graph: gs.Graph, tensor: gs.Tensor) -> None:

@@ -140,10 +140,11 @@ def clean_graph(proto: onnx.ModelProto) -> onnx.ModelProto:
     return cleaned
 
 
-def save_proto(proto: onnx.ModelProto, path: Path) -> None:
-    """Write and check a model; weights beside it as `NAME.data` when above 2 GiB."""
+def save_proto(proto: onnx.ModelProto, path: Path, embed: bool = True) -> None:
+    """Write and check a model; weights beside it as `NAME.data` when above 2 GiB, or when not to `embed` them, which
+    takes half as much memory."""
     # Not ByteSize(), which serialises the whole message and fails on just the ones this is about.
-    if sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > MAX_EMBEDDED_BYTES:
+    if not embed or sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > MAX_EMBEDDED_BYTES:
         onnx.save_model(
             proto, path, save_as_external_data=True, all_tensors_to_one_file=True, location=f"{path.name}.data"
         )

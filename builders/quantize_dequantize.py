@@ -134,7 +134,7 @@ def _calibrate(onnx_path: Path, products: list[gs.Node], feeds: Iterable[Feed]) 
     graph.outputs = [tensors[name] for name in names]
     ranges = dict.fromkeys(names, 0.0)
     with tempfile.TemporaryDirectory() as folder:
-        save_graph(graph, Path(folder, onnx_path.name))
+        save_graph(graph, Path(folder, onnx_path.name), embed=False)
         session = open_session(Path(folder, onnx_path.name))
         wanted = {each.name for each in session.get_inputs()}
         for feed in feeds:

@@ -6,6 +6,7 @@ softmax, the attention mask, means, the final normalisation. Inputs and outputs 
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -47,14 +48,15 @@ def write_half(onnx_path: Path, out_path: Path, dtype: HalfType) -> None:
 
 
 def load_graph(onnx_path: Path) -> gs.Graph:
+    gc.collect()  # a graph's nodes and tensors are cycles: without it, gigabytes of the last one's weights stay
     G_LOGGER.severity = G_LOGGER.ERROR  # it warns that numpy has no bfloat16; ml_dtypes has
     return gs.import_onnx(onnx.load(onnx_path))
 
 
-def save_graph(graph: gs.Graph, path: Path) -> None:
+def save_graph(graph: gs.Graph, path: Path, embed: bool = True) -> None:
     proto = gs.export_onnx(graph.cleanup(remove_unused_graph_inputs=False).toposort())
     proto.producer_name = "tuwen"
-    save_proto(proto, path)
+    save_proto(proto, path, embed)
 
 
 def is_float(tensor: gs.Tensor) -> bool:
