@@ -5,29 +5,37 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
+# TensorRT's parser and builder without a GPU: 220 MB. Its dependencies are for running on one.
+TENSORRT_RTX := tensorrt-rtx==1.7.1.116 tensorrt-rtx-cu12==1.7.1.116 tensorrt-rtx-cu12-libs==1.7.1.116 \
+	tensorrt-rtx-cu12-bindings==1.7.1.116
 QUERIES := 墨镜 生日蛋糕 红色的心 吃的水果 哭泣的猫 时钟
 
-.PHONY: demo test test-slow lint perf-analyzer bench-serving bench-overload bench-faults bench-training bench-ranking fuzz sample clean
+.PHONY: demo test test-slow lint check-tensorrt perf-analyzer bench-serving bench-overload bench-faults bench-training bench-ranking fuzz sample clean
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv
 
-.venv/.serve: .venv/bin/pip pyproject.toml clients/python/pyproject.toml constraints.txt
+.venv/.serve: .venv/bin/pip pyproject.toml clients/python/pyproject.toml clients/web/pyproject.toml constraints.txt
 	$(PIP) torch==2.13.0
-	$(PIP) --editable '.[serve,build]' --editable clients/python
+	$(PIP) --editable '.[serve,build]' --editable clients/python --editable clients/web
 	@touch $@
 
 .venv/.dev: .venv/.serve
-	$(PIP) --editable '.[serve,build,bench,train,eval,ray,dev]' --editable clients/python
+	$(PIP) --editable '.[serve,build,gpu,bench,train,eval,ray,dev]' --editable clients/python --editable clients/web
 	@# Without its dependencies: torchvision does not import beside a CPU build of torch, and the tests stub it.
 	$(PIP) --no-deps cn-clip==1.6.0
 	@# 18 MB, a few seconds. Where it cannot be had, the tests that need it are skipped and say so.
 	-$(BIN)/python -m perf.fetch_analyzer
+	-$(PIP) --no-deps $(TENSORRT_RTX)
 	@touch $@
 
 .venv/.bench: .venv/.serve
 	$(PIP) --editable '.[serve,build,bench]' --editable clients/python six
 	$(PIP) --no-deps cn-clip==1.6.0
+	@touch $@
+
+.venv/.tensorrt: .venv/.serve
+	$(PIP) --no-deps $(TENSORRT_RTX)
 	@touch $@
 
 demo: .venv/.serve
@@ -48,6 +56,11 @@ test: lint
 # has fetched its packages: about ten minutes and 12 GB of memory.
 test-slow: .venv/.dev
 	$(BIN)/pytest -m slow
+
+# Every tower of every architecture through TensorRT's parser and builder, for GPUs that are not there: some five
+# minutes on two cores, 12 GB of memory. Writes docs/tensorrt_check.md; a tower that is refused fails it.
+check-tensorrt: .venv/.tensorrt
+	$(BIN)/python -m perf.check_tensorrt
 
 # NVIDIA's load generator for `tuwen bench run`, into .cache/perf_analyzer; no root needed.
 perf-analyzer: .venv/.bench

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 from builders.build_record import Place, Record, checkpoint_record, find_current, read_record, tool_versions
 from builders.onnx_export import OPSET, TOWERS, ExportFailed, TowerKind, export_tower
 from builders.parity import MAX_ABS_DIFF, MIN_COSINE, Parity, measure_parity
-from builders.quantize import MAX_RECALL_LOSS, QuantizationCost, measure_cost, quantize_tower
+from builders.quantize import MAX_RECALL_LOSS, QuantizationCost, measure_cost, open_embed, quantize_tower
 from builders.quantize import MIN_COSINE as MIN_INT8_COSINE
 from builders.repository import REPOSITORY_DIR, check_contract, rendered_files, write_rendered
 from tuwen.checkpoint import load_checkpoint
@@ -133,7 +133,8 @@ def _quantize(model: ChineseCLIP, staging: Path, on_stage: Callable[[str], None]
         quantize_tower(fp32[kind], int8[kind])
     on_stage("comparing int8 with float32 on Emoji-CN")
     context_length = min(model.spec.context_length, model.spec.text.max_positions)
-    cost = measure_cost(fp32, int8, model.spec.vision.resolution, context_length)
+    exact, low = ({kind: open_embed(path) for kind, path in paths.items()} for paths in (fp32, int8))
+    cost = measure_cost(exact, low, model.spec.vision.resolution, context_length)
     if not cost.passed:
         raise ExportFailed(
             f"int8: cosine {min(cost.min_cosine.values()):.5f}, recall@10 {cost.recall_at_10:.1%} where float32 has "

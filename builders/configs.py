@@ -6,7 +6,7 @@ The text is what a person reads and reviews; the schema is Triton's own model_co
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
@@ -25,7 +25,7 @@ _QUEUE_BOUNDS = tuple(
     for name, numbers in (("max_queue_size", MAX_QUEUE_SIZE), ("max_wait_s", MAX_WAIT_S))
     for priority, number in numbers.items()
 )
-Kind = Literal["cpu", "gpu"]  # of the processor that an instance runs on
+Device = Literal["cpu", "gpu"]  # that an instance runs on
 _HEADER = """\
 # Rendered by `tuwen render` from tuwen/specs.py and builders/configs.py; `make test` fails when they differ.
 # {purpose}
@@ -53,7 +53,7 @@ class Model:
     purpose: str
     change: str
     instances: int = 1
-    kind: Kind = "cpu"
+    kind: Device = "cpu"
     parameters: tuple[tuple[str, str], ...] = ()
     warmup: tuple[tuple[int, ...], ...] = ()
     # What Triton makes of a ragged batch: (tensor, kind of batch_input). Source: its docs, Ragged Batching.
@@ -131,7 +131,22 @@ def _add_tensors(config: pb.ModelConfig, inputs: tuple[Tensor, ...], outputs: tu
         config.output.add(name=tensor.name, data_type=f"TYPE_{tensor.data_type}", dims=tensor.dims)
 
 
-def render(model: Model | Ensemble) -> str:
+class Renderable(Protocol):
+    """A model's configuration and what a person reads about it at the head of its file."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def purpose(self) -> str: ...
+
+    @property
+    def change(self) -> str: ...
+
+    def to_proto(self) -> pb.ModelConfig: ...
+
+
+def render(model: Renderable) -> str:
     """The text of a config.pbtxt, header first."""
     body = text_format.MessageToString(model.to_proto(), use_short_repeated_primitives=True, as_utf8=True)
     return _HEADER.format(purpose=model.purpose, change=model.change) + body
@@ -181,10 +196,10 @@ def guard_image(resolution: int) -> Model:
     )
 
 
-def dali_preprocess(resolution: int, kind: Kind) -> Model:
-    """`preprocess_image` by DALI, whose backend would run the same file model.dali on either kind of processor.
+def dali_preprocess(resolution: int, kind: Device) -> Model:
+    """`preprocess_image` by DALI, from a model.dali that was written for the same kind.
 
-    Its threads also decode what a GPU cannot. Without the guard in front, one bad file would fail its whole batch.
+    Without the guard in front, one bad file would fail its whole batch.
     """
     return replace(
         preprocess_image(resolution),

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from builders.configs import MAX_BATCH_SIZE
+from builders.configs import MAX_BATCH_SIZE, Device
 from tuwen.errors import MissingDependency
 from tuwen.files import atomic_file
 from tuwen.specs import IMAGE_MEAN, IMAGE_STD
 
-Device = Literal["gpu", "cpu"]
 INPUT, OUTPUT = "image", "pixel_values"
 # Of the pipeline as it is written; Triton's `num_threads` parameter replaces it.
 _NUM_THREADS = 4

@@ -10,24 +10,32 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import get_args
 
+import numpy as np
+import numpy.typing as npt
+
 from builders.build import BuildResult, build, resolve_checkpoint
 from builders.build_record import Place, Record, read_record, sha256, tool_versions
 from builders.cuda_device import compute_capability
+from builders.half_numerics import first_overflow
 from builders.onnx_export import TOWERS, TowerKind
 from builders.plan_gate import Feed, PlanParity, PlanPrecision, Run, gate_batches, measure_plan
 from builders.plan_runner import open_plan
+from builders.quantize import MAX_RECALL_LOSS, Embed, measure_cost, open_embed
+from builders.quantize_dequantize import write_quantized
+from builders.reduced_precision import write_half
 from builders.tensorrt_plan import (
     AMPERE,
     COMPUTE_CAPABILITIES,
     BuiltPlan,
     ComputeCapability,
+    PlanFailed,
     PlanOptions,
     build_plan,
     import_tensorrt,
@@ -116,19 +124,36 @@ def build_gpu(
     on_stage("writing the preprocessing pipeline")
     _write_pipeline(cpu.resolution, pipeline)
     options = _complete(options, repository, gpu)
-    model = load_checkpoint(checkpoint)
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=repository) as staging_name:
+    plans = _build_plans(load_checkpoint(checkpoint), cpu.place, precision, gpu, options, expected, on_stage)
+    return GpuBuildResult(cpu, plan_name, plans)
+
+
+def _build_plans(
+    model: ChineseCLIP,
+    place: Place,
+    precision: PlanPrecision,
+    gpu: Gpu,
+    options: PlanOptions,
+    expected: dict[TowerKind, Record],
+    on_stage: OnStage,
+) -> dict[TowerKind, Record]:
+    """Build, measure and place both; returns their records, which are the expected ones with what was measured."""
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=place.repository) as staging_name:
         records: dict[TowerKind, Record] = {}
         for kind in TOWERS:
             folder = Path(staging_name, kind)
             folder.mkdir()
-            measured = _build_tower(model, kind, cpu.place, precision, gpu, options, folder, on_stage)
+            measured = _build_tower(model, kind, place, precision, gpu, options, folder, on_stage)
             records[kind] = expected[kind] | measured
+        if precision in ("int8", "fp8"):
+            on_stage(f"comparing {precision} with float32 on Emoji-CN")
+            cost = _check_recall(model.spec, place, precision, gpu, Path(staging_name))
+            records = {kind: record | {"against_fp32": cost} for kind, record in records.items()}
         on_stage("placing")
         for kind, record in records.items():
             plan = Path(staging_name, kind, _PLAN)
-            _place(plan, record, cpu.place.tower_dir(kind), _names(gpu.capability, options))
-    return GpuBuildResult(cpu, plan_name, records)
+            _place(plan, record, place.tower_dir(kind), _names(gpu.capability, options))
+    return records
 
 
 def _check_precision(precision: PlanPrecision, capability: ComputeCapability) -> None:
@@ -165,16 +190,14 @@ def _build_tower(
     on_stage: OnStage,
 ) -> Record:
     """Reduce, build and measure one tower in `folder`; what was measured goes into its record."""
-    from builders.reduced_precision import first_overflow
-
-    onnx_path, reduced = place.tower_dir(kind) / "model.onnx", folder / _ONNX
+    onnx_path = place.tower_dir(kind) / "model.onnx"
     on_stage(f"casting the {kind} tower to {precision}")
-    reduced = reduce_tower(onnx_path, reduced, kind, model.spec, precision)
+    reduced = reduce_tower(onnx_path, folder / _ONNX, kind, model.spec, precision)
     on_stage(f"building the {kind} tower's plan for {gpu.capability.sm}, minutes for a large one")
     built = build_plan(gpu.trt, reduced, folder / _PLAN, profile_shapes(model.spec, kind), options)
     on_stage(f"comparing the {kind} tower's plan with PyTorch and ONNX Runtime")
     with gpu.open_plan(gpu.trt, folder / _PLAN) as run:
-        find_overflow: Callable[[Feed], str | None] = partial(first_overflow, reduced)
+        find_overflow = partial(first_overflow, reduced)
         parity = measure_plan(run, onnx_path, kind, precision, gate_batches(model, kind), find_overflow)
     return _measured_record(built, parity)
 
@@ -183,14 +206,10 @@ def reduce_tower(onnx_path: Path, out_path: Path, kind: TowerKind, spec: ModelSp
     """The tower in `precision`: at `out_path`, or the float32 file as it is."""
     if precision == "fp32":
         return onnx_path
-    if precision in ("int8", "fp8"):
-        from builders.quantize_dequantize import calibration_feeds, write_quantized
-
-        write_quantized(onnx_path, out_path, kind, spec, precision, calibration_feeds(spec, kind))
-    else:
-        from builders.reduced_precision import write_half
-
+    if precision == "fp16" or precision == "bf16":
         write_half(onnx_path, out_path, precision)
+    else:
+        write_quantized(onnx_path, out_path, kind, spec, precision)
     return out_path
 
 
@@ -210,6 +229,31 @@ def _expected_record(place: Place, kind: TowerKind, precision: PlanPrecision, gp
         "workspace_bytes": options.workspace_bytes,
         "tools": tool_versions(),
     }
+
+
+def _check_recall(spec: ModelSpec, place: Place, precision: PlanPrecision, gpu: Gpu, staging: Path) -> Record:
+    """What the precision costs in retrieval, which a cosine does not tell.
+
+    Raises:
+        PlanFailed: more than MAX_RECALL_LOSS.
+    """
+    exact = {kind: open_embed(place.tower_dir(kind) / "model.onnx") for kind in TOWERS}
+    with ExitStack() as stack:
+        low: dict[TowerKind, Embed] = {}
+        for kind in TOWERS:
+            run = stack.enter_context(gpu.open_plan(gpu.trt, staging / kind / _PLAN))
+            low[kind] = partial(_embed, run, f"{kind}_embeds")
+        cost = measure_cost(exact, low, spec.vision.resolution, min(spec.context_length, spec.text.max_positions))
+    if not cost.keeps_recall:
+        raise PlanFailed(
+            f"{precision}: recall@10 {cost.recall_at_10:.1%} where float32 has {cost.recall_at_10_fp32:.1%}; expected "
+            f"a loss of at most {100 * MAX_RECALL_LOSS:.1f} points, so nothing was placed"
+        )
+    return asdict(cost)
+
+
+def _embed(run: Run, name: str, feed: Feed) -> npt.NDArray[np.float32]:
+    return run(feed)[name]
 
 
 def _measured_record(built: BuiltPlan, parity: PlanParity) -> Record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import warnings
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ OUTPUT_NAMES: dict[TowerKind, list[str]] = {
 OPSET = 18  # what TensorRT 10, ONNX Runtime 1.17 and PyTorch's exporter have in common
 # Above this, weights go to a file of their own: a protobuf cannot hold more than 2 GiB.
 MAX_EMBEDDED_BYTES = 2**31 - 2**24
+# The exporter's note of the modules that a node is in, outermost first, then the operation itself.
+_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 class ExportFailed(TuwenError):
@@ -117,7 +120,15 @@ def export_tower(model: ChineseCLIP, kind: TowerKind, fingerprint: int, path: Pa
 
 
 def clean_graph(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Fold constants, drop what no output needs, sort, and strip the exporter's notes, which name source paths."""
+    """Fold constants, drop what no output needs, sort, and strip the exporter's notes, which name source paths.
+
+    What they are good for is kept: the name of each node begins with that of its module.
+    """
+    for node in proto.graph.node:
+        notes = {each.key: each.value for each in node.metadata_props}
+        modules = [name for name in ast.literal_eval(notes.get(_SCOPES, "[]"))[:-1] if name]
+        if modules:
+            node.name = f"{modules[-1].removeprefix('model.')}/{node.name}"
     graph = gs.import_onnx(proto)
     graph.fold_constants().cleanup(remove_unused_graph_inputs=False).toposort()
     cleaned = gs.export_onnx(graph)
@@ -129,10 +140,11 @@ def clean_graph(proto: onnx.ModelProto) -> onnx.ModelProto:
     return cleaned
 
 
-def save_proto(proto: onnx.ModelProto, path: Path) -> None:
-    """Write and check a model; weights beside it as `NAME.data` when above 2 GiB."""
+def save_proto(proto: onnx.ModelProto, path: Path, embed: bool = True) -> None:
+    """Write and check a model; weights beside it as `NAME.data` when above 2 GiB, or when not to `embed` them, which
+    takes half as much memory."""
     # Not ByteSize(), which serialises the whole message and fails on just the ones this is about.
-    if sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > MAX_EMBEDDED_BYTES:
+    if not embed or sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > MAX_EMBEDDED_BYTES:
         onnx.save_model(
             proto, path, save_as_external_data=True, all_tensors_to_one_file=True, location=f"{path.name}.data"
         )

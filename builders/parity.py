@@ -44,20 +44,25 @@ class Parity:
         return self.min_cosine >= MIN_COSINE and self.max_abs_diff <= MAX_ABS_DIFF
 
 
-@torch.inference_mode()
 def measure_parity(
-    model: ChineseCLIP, kind: TowerKind, onnx_path: Path, fingerprint: int, optimise: bool = True
+    model: ChineseCLIP,
+    kind: TowerKind,
+    onnx_path: Path,
+    fingerprint: int,
+    num_real: int = NUM_REAL,
+    optimise: bool = True,
 ) -> Parity:
     """Run random and real input of several batch sizes and lengths through both.
 
     Args:
+        num_real: how many pictures or captions of the sample.
         optimise: whether ONNX Runtime may rewrite the graph.
     Raises:
         ExportFailed: the file does not load, or does not carry `fingerprint`.
     """
     session = open_session(onnx_path, optimise)
     cosines, differences = [], []
-    for feed, expected in parity_batches(model, kind):
+    for feed, expected in tower_batches(model, kind, num_real):
         embeds, fingerprints, *_ = session.run(None, feed)
         if fingerprints.shape != (len(expected), 1) or (fingerprints != fingerprint).any():
             raise ExportFailed(f"{onnx_path.name}: carries fingerprint {fingerprints.ravel()[0]}, not {fingerprint}")
@@ -68,11 +73,6 @@ def measure_parity(
         max_abs_diff=float(np.concatenate(differences).max()),
         num_items=sum(map(len, cosines)),
     )
-
-
-def parity_batches(model: ChineseCLIP, kind: TowerKind) -> Iterator[Batch]:
-    """Random and real input of several batch sizes and lengths, each with PyTorch's embeddings of it."""
-    return _text_batches(model) if kind == "text" else _image_batches(model)
 
 
 def open_session(onnx_path: Path, optimise: bool = True) -> ort.InferenceSession:
@@ -90,22 +90,29 @@ def open_session(onnx_path: Path, optimise: bool = True) -> ort.InferenceSession
         raise ExportFailed(f"{onnx_path.name}: ONNX Runtime cannot load it: {error}") from error
 
 
-def _image_batches(model: ChineseCLIP) -> Iterator[Batch]:
+def tower_batches(model: ChineseCLIP, kind: TowerKind, num_real: int = NUM_REAL) -> Iterator[Batch]:
+    """Random and real input of several batch sizes and lengths; the real captions are the last batch."""
+    return _text_batches(model, num_real) if kind == "text" else _image_batches(model, num_real)
+
+
+@torch.inference_mode()
+def _image_batches(model: ChineseCLIP, num_real: int) -> Iterator[Batch]:
     resolution = model.spec.vision.resolution
     samples = open_pairs(SAMPLES_DIR, "valid")
-    step = len(samples.image_ids) // NUM_REAL
-    real = [preprocess_image(samples.image_bytes(one), resolution) for one in samples.image_ids[::step][:NUM_REAL]]
+    step = len(samples.image_ids) // num_real
+    real = [preprocess_image(samples.image_bytes(one), resolution) for one in samples.image_ids[::step][:num_real]]
     random = np.random.default_rng(0).standard_normal((4, 3, resolution, resolution), np.float32)
     for pixel_values in (random[:1], random[1:], *(one[None] for one in real)):
         yield {"pixel_values": pixel_values}, model.encode_image(torch.from_numpy(pixel_values), normalize=True).numpy()
 
 
-def _text_batches(model: ChineseCLIP) -> Iterator[Batch]:
+@torch.inference_mode()
+def _text_batches(model: ChineseCLIP, num_real: int) -> Iterator[Batch]:
     """Packed texts of one length and of many, against the padded ones of training: masking is part of what counts."""
     longest = min(model.spec.context_length, model.spec.text.max_positions)
     random = np.random.default_rng(0)
     texts = open_pairs(SAMPLES_DIR, "valid").texts
-    captions = [normalize_text(record.text) for record in texts[:: len(texts) // NUM_REAL]][:NUM_REAL]
+    captions = [normalize_text(record.text) for record in texts[:: len(texts) // num_real]][:num_real]
     for lengths in ((3,), (9,), (16, 16, 16), (longest, 3, longest), ()):
         rows = [[CLS_ID, *random.integers(SEP_ID + 1, model.spec.text.vocab_size, n - 2), SEP_ID] for n in lengths]
         rows = rows or [default_tokenizer().encode_ids(caption, longest) for caption in captions]

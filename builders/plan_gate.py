@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -18,14 +19,15 @@ import torch
 
 from builders.configs import MAX_BATCH_SIZE
 from builders.onnx_export import TowerKind
-from builders.parity import Batch, open_session, parity_batches
+from builders.parity import Batch, open_session, tower_batches
 from builders.tensorrt_plan import PlanFailed
 from tuwen.model import ChineseCLIP
 from tuwen.tokenizer import pack_rows
 
 PlanPrecision = Literal["fp16", "bf16", "fp32", "int8", "fp8"]
 Feed = dict[str, npt.NDArray[Any]]
-Run = Callable[[Feed], dict[str, npt.NDArray[Any]]]
+Run = Callable[[Feed], Feed]
+FindOverflow = Callable[[Feed], str | None]
 
 # Of the worst item with PyTorch's float32. fp32: as for the ONNX, sums in another order. fp16: what the field's broken
 # exports miss by far (0.68 to 0.91), and 600 times the loss that the sample's towers have. bf16 rounds 8 times more
@@ -51,7 +53,7 @@ class PlanParity:
 @torch.inference_mode()
 def gate_batches(model: ChineseCLIP, kind: TowerKind) -> list[Batch]:
     """What the ONNX was measured with, one by one and in few, and all of it together as a full batch."""
-    batches = list(parity_batches(model, kind))
+    batches = list(tower_batches(model, kind))
     return [*batches, _full_batch(kind, batches)]
 
 
@@ -61,7 +63,7 @@ def measure_plan(
     kind: TowerKind,
     precision: PlanPrecision,
     batches: Iterable[Batch],
-    find_overflow: Callable[[Feed], str | None] = lambda feed: None,
+    find_overflow: FindOverflow = lambda feed: None,
 ) -> PlanParity:
     """Compare `run` with PyTorch's embeddings in `batches` and with the float32 ONNX.
 
@@ -75,7 +77,7 @@ def measure_plan(
     found: list[tuple[npt.NDArray[np.float32], ...]] = []
     for feed, expected in batches:
         outputs, reference = run(feed), dict(zip(names, session.run(names, feed), strict=True))
-        _check_outputs(outputs, reference, f"{kind} tower in {precision}", lambda feed=feed: find_overflow(feed))  # type: ignore[misc]
+        _check_outputs(outputs, reference, f"{kind} tower in {precision}", partial(find_overflow, feed))
         found.append((outputs[names[0]], expected, reference[names[0]]))
     embeds, expected, reference_embeds = (np.concatenate(column) for column in zip(*found, strict=True))
     parity = PlanParity(

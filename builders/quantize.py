@@ -51,8 +51,11 @@ class QuantizationCost:
 
     @property
     def passed(self) -> bool:
-        is_close = all(cosine >= MIN_COSINE for cosine in self.min_cosine.values())
-        return is_close and self.recall_at_10 >= self.recall_at_10_fp32 - MAX_RECALL_LOSS
+        return self.keeps_recall and all(cosine >= MIN_COSINE for cosine in self.min_cosine.values())
+
+    @property
+    def keeps_recall(self) -> bool:
+        return self.recall_at_10 >= self.recall_at_10_fp32 - MAX_RECALL_LOSS
 
 
 def quantize_tower(onnx_path: Path, int8_path: Path) -> None:
@@ -84,7 +87,7 @@ def quantize_tower(onnx_path: Path, int8_path: Path) -> None:
 
 
 def measure_cost(
-    fp32: dict[TowerKind, Path], int8: dict[TowerKind, Path], resolution: int, context_length: int
+    fp32: dict[TowerKind, Embed], int8: dict[TowerKind, Embed], resolution: int, context_length: int
 ) -> QuantizationCost:
     """Embed part of Emoji-CN with both precisions.
 
@@ -104,10 +107,21 @@ def measure_cost(
     return QuantizationCost(cosines, recalls[1], recalls[0], len(image_ids), len(texts))
 
 
-def _embed_with_both(feeds: Iterator[dict[str, npt.NDArray[Any]]], *paths: Path) -> tuple[Embeds, ...]:
-    """(N, D) of each file, over the same input."""
-    sessions = [open_session(path) for path in paths]
-    rows = [[session.run([session.get_outputs()[0].name], feed)[0] for session in sessions] for feed in feeds]
+def open_embed(onnx_path: Path, optimise: bool = True) -> Embed:
+    """A tower on ONNX Runtime: a feed -> embeddings (B, D)."""
+    session = open_session(onnx_path, optimise)
+    name = session.get_outputs()[0].name
+
+    def embed(feed: dict[str, npt.NDArray[Any]]) -> Embeds:
+        embeds: Embeds = session.run([name], feed)[0]
+        return embeds
+
+    return embed
+
+
+def _embed_with_both(feeds: Iterator[dict[str, npt.NDArray[Any]]], *embeds: Embed) -> tuple[Embeds, ...]:
+    """(N, D) of each, over the same input."""
+    rows = [[embed(feed) for embed in embeds] for feed in feeds]
     return tuple(np.concatenate(batches) for batches in zip(*rows, strict=True))
 
 

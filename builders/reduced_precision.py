@@ -6,6 +6,7 @@ softmax, the attention mask, means, the final normalisation. Inputs and outputs 
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from builders.onnx_export import ExportFailed, save_proto
 
@@ -37,7 +39,7 @@ def write_half(onnx_path: Path, out_path: Path, dtype: HalfType) -> None:
     if dtype not in get_args(HalfType):
         raise ExportFailed(f"precision {dtype}: expected {' or '.join(get_args(HalfType))}")
     graph = load_graph(onnx_path)
-    _check_types(graph, onnx_path)
+    check_types(graph, onnx_path)
     cast_graph(graph, DTYPES[dtype], half_nodes(graph, DTYPES[dtype]))
     if dtype == "bf16":
         graph.opset = BF16_OPSET
@@ -46,13 +48,15 @@ def write_half(onnx_path: Path, out_path: Path, dtype: HalfType) -> None:
 
 
 def load_graph(onnx_path: Path) -> gs.Graph:
+    gc.collect()  # a graph's nodes and tensors are cycles: without it, gigabytes of the last one's weights stay
+    G_LOGGER.severity = G_LOGGER.ERROR  # it warns that numpy has no bfloat16; ml_dtypes has
     return gs.import_onnx(onnx.load(onnx_path))
 
 
-def save_graph(graph: gs.Graph, path: Path) -> None:
+def save_graph(graph: gs.Graph, path: Path, embed: bool = True) -> None:
     proto = gs.export_onnx(graph.cleanup(remove_unused_graph_inputs=False).toposort())
     proto.producer_name = "tuwen"
-    save_proto(proto, path)
+    save_proto(proto, path, embed)
 
 
 def is_float(tensor: gs.Tensor) -> bool:
@@ -104,10 +108,12 @@ def fits(values: npt.NDArray[np.float32], dtype: np.dtype) -> bool:
 def _cast(graph: gs.Graph, tensor: gs.Tensor, dtype: np.dtype) -> gs.Tensor:
     name = f"{tensor.name}_{dtype.name}"
     if isinstance(tensor, gs.Constant):
-        return gs.Constant(name, tensor.values.astype(dtype))
+        with np.errstate(over="ignore"):  # who chose the nodes chose this
+            return gs.Constant(name, tensor.values.astype(dtype))
     cast = gs.Variable(name, dtype, tensor.shape)
+    maker = tensor.inputs[0].name if tensor.inputs else tensor.name  # an overflow in the cast is that of its layer
     to = int(onnx.helper.np_dtype_to_tensor_dtype(dtype))
-    graph.nodes.append(gs.Node("Cast", f"cast_{name}", {"to": to}, [tensor], [cast]))
+    graph.nodes.append(gs.Node("Cast", f"{maker}/to_{dtype.name}", {"to": to}, [tensor], [cast]))
     return cast
 
 
@@ -132,7 +138,7 @@ def _downstream(nodes: list[gs.Node]) -> set[str]:
     return found
 
 
-def _check_types(graph: gs.Graph, onnx_path: Path) -> None:
+def check_types(graph: gs.Graph, onnx_path: Path) -> None:
     """Casting by type needs one for each tensor, and a name for each node."""
     names = [node.name for node in graph.nodes]
     if len(set(names)) != len(names) or "" in names:

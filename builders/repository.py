@@ -12,6 +12,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from builders import configs
+from builders.gpu_configs import PROFILE, gpu_models
 from tuwen.errors import InvalidInput
 from tuwen.files import write_text
 from tuwen.specs import ModelSpec, get_spec, slugify
@@ -53,6 +54,8 @@ def rendered_files(spec: ModelSpec, name: str) -> dict[Path, str]:
     sources = (_PREPROCESS_SOURCE, _GUARD_SOURCE, _SIMILARITY_SOURCE, _ZERO_SHOT_SOURCE)
     for model, source in zip((*models[1:3], *models[-2:]), sources, strict=True):
         files[Path(model.name, "1", "model.py")] = (REPOSITORY_DIR / source).read_text(encoding="utf-8")
+    for on_gpu in gpu_models(spec, name):
+        files[Path(on_gpu.name, "configs", f"{PROFILE}.pbtxt")] = configs.render(on_gpu)
     return files
 
 

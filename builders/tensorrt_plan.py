@@ -25,7 +25,7 @@ from tuwen.specs import ModelSpec
 USUAL_BATCH, USUAL_TOKENS, USUAL_LONGEST = 8, 9, 16
 # Scratch memory a kernel may ask for while it is timed; a plan that needs more is worth nothing on a card of 8 GB.
 WORKSPACE_BYTES = 4 << 30
-INSTALL = "pip install 'tensorrt>=10.9,<12' polygraphy"
+INSTALL = "pip install 'tensorrt>=10.9,<12' 'polygraphy>=0.50'"
 
 
 class PlanFailed(TuwenError):

@@ -1,6 +1,6 @@
 """Does TensorRT take every tower of every architecture? Parsed and built at real size, dynamic shapes, without a GPU.
 
-    make check-tensorrt                                             # all; half an hour on two cores, 12 GB of memory
+    make check-tensorrt                                              # all; some five minutes on two cores
     python -m perf.check_tensorrt --architectures Tiny-RN --out .cache/check
 
 Runs `builders.tensorrt_plan`, which makes the plans of `tuwen build --profile gpu`, on random weights with the module

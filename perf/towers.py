@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,19 +26,24 @@ import numpy.typing as npt
 import onnxruntime as ort
 import torch
 
+from builders.configs import MAX_BATCH_SIZE
+from builders.cuda_device import compute_capability
 from builders.onnx_export import TOWERS, TowerKind, export_tower
 from builders.parity import SAMPLES_DIR
+from builders.plan_gate import Run
+from builders.plan_runner import open_plan
 from builders.quantize import quantize_tower
+from builders.reduced_precision import write_half
+from builders.tensorrt_plan import PlanOptions, build_plan, import_tensorrt, profile_shapes
 from perf.rounds import alternate, machine, medians
-from perf.tensorrt_tower import MAX_BATCH, open_tensorrt
 from tuwen.checkpoint import load_checkpoint
 from tuwen.data.pairs import open_pairs
-from tuwen.errors import InvalidInput
-from tuwen.files import replace_folder
+from tuwen.errors import InvalidInput, MissingDependency
+from tuwen.files import atomic_path, replace_folder
 from tuwen.fingerprint import model_fingerprint
 from tuwen.image_transform import preprocess_image
 from tuwen.model import ChineseCLIP
-from tuwen.specs import CLS_ID, SEP_ID, get_spec
+from tuwen.specs import CLS_ID, SEP_ID, ModelSpec, get_spec
 from tuwen.tokenizer import default_tokenizer, normalize_text, pack_rows, pad_rows
 
 CACHE_DIR = Path(__file__).parents[1] / ".cache" / "bench" / "towers"
@@ -135,7 +141,7 @@ def measure_towers(
         ExportFailed: a tower cannot be exported or quantised.
     """
     longest = min(model.spec.context_length, model.spec.text.max_positions)
-    _check("--batch", batches, 1, MAX_BATCH)
+    _check("--batch", batches, 1, MAX_BATCH_SIZE)
     _check("--lengths", lengths, 3, longest)
     threads = threads or len(os.sched_getaffinity(0))
     _check("--threads", [threads], 1, 1024)
@@ -146,14 +152,15 @@ def measure_towers(
     torch.set_num_threads(threads)
     try:
         for kind in TOWERS:
-            sides = open_sides(model, kind, threads, cache_dir, on_stage)
-            on_stage(f"comparing the {kind} towers with PyTorch")
-            parity += _measure_parity(kind, sides, _real_items(model, kind, longest))
-            for batch in batches:
-                for length in lengths if kind == "text" else (None,):
-                    on_stage(f"timing the {kind} tower, batch {batch}" + (f", {length} tokens" if length else ""))
-                    items = _items(model, kind, batch, length)
-                    times += _time(kind, batch, length, sides, items, rounds)
+            with ExitStack() as opened:
+                sides = open_sides(model, kind, threads, cache_dir, on_stage, opened)
+                on_stage(f"comparing the {kind} towers with PyTorch")
+                parity += _measure_parity(kind, sides, _real_items(model, kind, longest))
+                for batch in batches:
+                    for length in lengths if kind == "text" else (None,):
+                        on_stage(f"timing the {kind} tower, batch {batch}" + (f", {length} tokens" if length else ""))
+                        items = _items(model, kind, batch, length)
+                        times += _time(kind, batch, length, sides, items, rounds)
     finally:
         torch.set_num_threads(before)
     return TowerReport(model.spec.name, weights, threads, rounds, tuple(times), tuple(parity), machine())
@@ -168,19 +175,46 @@ def _check(flag: str, values: Sequence[int], least: int, most: int) -> None:
 
 
 def open_sides(
-    model: ChineseCLIP, kind: TowerKind, threads: int, cache_dir: Path, on_stage: Callable[[str], None]
+    model: ChineseCLIP,
+    kind: TowerKind,
+    threads: int,
+    cache_dir: Path,
+    on_stage: Callable[[str], None],
+    opened: ExitStack,
 ) -> dict[str, Side]:
-    """Every side that runs on this machine, PyTorch first."""
+    """Every side that runs on this machine, PyTorch first; what has to be closed goes to `opened`."""
     folder = build_onnx(model, kind, cache_dir, on_stage)
     sides: dict[str, Side] = {PYTORCH: partial(_run_pytorch, model, kind)}
     if torch.cuda.is_available():
         sides["PyTorch CUDA"] = partial(_run_pytorch, deepcopy(model).to("cuda"), kind)
     for name, file in (("ONNX Runtime fp32", "fp32.onnx"), ("ONNX Runtime int8", "int8.onnx")):
         sides[name] = partial(_run_onnx, _open_session(folder / file, threads), kind)
-    on_stage(f"building TensorRT engines of the {kind} tower, if there is a GPU")
-    for name, engine in open_tensorrt(folder / "fp32.onnx", model.spec).items():
-        sides[name] = partial(_run_engine, engine, kind)
+    on_stage(f"building TensorRT plans of the {kind} tower, if there is a GPU")
+    for name, run in open_plans(folder, kind, model.spec, opened).items():
+        sides[name] = partial(_run_plan, run, kind)
     return sides
+
+
+def open_plans(folder: Path, kind: TowerKind, spec: ModelSpec, opened: ExitStack) -> dict[str, Run]:
+    """Side name -> plan, made as `tuwen build --profile gpu` makes it; empty without GPU or without TensorRT.
+
+    Raises:
+        PlanFailed: TensorRT refuses the tower.
+    """
+    try:
+        capability, trt = compute_capability(), import_tensorrt()
+    except MissingDependency:
+        return {}
+    if not (folder / "fp16.onnx").exists():
+        write_half(folder / "fp32.onnx", folder / "fp16.onnx", "fp16")
+    runs = {}
+    for precision in ("fp32", "fp16"):
+        plan = folder / f"{precision}-{trt.__version__}-{capability.sm}.plan"
+        if not plan.exists():
+            with atomic_path(plan) as temporary:
+                build_plan(trt, folder / f"{precision}.onnx", temporary, profile_shapes(spec, kind), PlanOptions())
+        runs[f"TensorRT {precision}"] = opened.enter_context(open_plan(trt, plan))
+    return runs
 
 
 def build_onnx(model: ChineseCLIP, kind: TowerKind, cache_dir: Path, on_stage: Callable[[str], None]) -> Path:
@@ -232,8 +266,8 @@ def _run_onnx(session: ort.InferenceSession, kind: TowerKind, items: Any) -> Emb
     return embeds
 
 
-def _run_engine(engine: Callable[[Mapping[str, npt.NDArray[Any]], str], Embeds], kind: TowerKind, items: Any) -> Embeds:
-    return engine(_feed(kind, items), f"{kind}_embeds")
+def _run_plan(run: Run, kind: TowerKind, items: Any) -> Embeds:
+    return run(_feed(kind, items))[f"{kind}_embeds"]
 
 
 def _time(

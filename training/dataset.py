@@ -121,10 +121,7 @@ class IndexedBatches:
             pixels=pixels,
             is_readable=is_readable,
             texts=tuple(texts[my_texts.start : my_texts.stop]),
-            positives=Positives(
-                image_rows=_rows(pictures, captions, my_items, len(texts)),
-                text_rows=_rows(captions, pictures, my_texts, len(items)),
-            ),
+            positives=_positives(pictures, captions, my_items, my_texts, (len(items), len(texts))),
         )
 
     # --- the order ------------------------------------------------------------------------------------------
@@ -220,6 +217,14 @@ def _items(table: PairTable, unit: str) -> tuple[Order, list[int]]:
         return pictures, table.source_starts
     num_captions = np.diff(table.caption_starts)
     return np.repeat(pictures, num_captions), table.caption_starts[table.source_starts].tolist()
+
+
+def _positives(pictures: Order, captions: Order, mine: Share, my_texts: Share, counts: tuple[int, int]) -> Positives:
+    """Of matches (index of its picture, index of its caption) in a batch of so many pictures and captions."""
+    image_rows = _rows(pictures, captions, mine, counts[1])
+    if (mine.size, my_texts.size) == counts:  # all are mine: one matrix, which grows with the square of the batch
+        return Positives(image_rows, image_rows.t())
+    return Positives(image_rows, _rows(captions, pictures, my_texts, counts[0]))
 
 
 def _rows(rows: Order, columns: Order, share: Share, num_columns: int) -> Tensor:

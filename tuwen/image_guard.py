@@ -16,8 +16,8 @@ from tuwen.image_transform import decode_drafted, open_image, refusals, resize_i
 
 # A batch of 32 then takes 1.6 GB of a GPU's memory at most; what is larger is drafted here, which is fast.
 MAX_PASSED_PIXELS = 2**24
-_BASELINE, _PROGRESSIVE = 0xC0, 0xC2
-_SEGMENTS_BEFORE_FRAME = {*range(0xE0, 0xF0), 0xDB, 0xC4, 0xDD, 0xFE}  # APPn, DQT, DHT, DRI, COM
+_BASELINE, _PROGRESSIVE, _SCAN = 0xC0, 0xC2, 0xDA
+_HEADER_SEGMENTS = {*range(0xE0, 0xF0), 0xDB, 0xC4, 0xDD, 0xFE}  # APPn, DQT, DHT, DRI, COM
 # Horizontal and vertical sampling of luma where chroma has 1 x 1: 4:4:4, 4:2:2 and 4:2:0.
 _SAMPLINGS = ((1, 1), (2, 1), (2, 2))
 
@@ -56,11 +56,18 @@ def _is_ordinary_jpeg(image: Image.Image, encoded: bytes) -> bool:
 
 
 def _frame_marker(encoded: bytes) -> int | None:
-    """The marker that says how a JPEG is coded; None if something odd stands before it."""
-    at = 2
+    """The marker that says how a JPEG is coded; None if anything odd stands before its first scan.
+
+    Pillow skips what is between two segments; other decoders refuse such a file.
+    """
+    frame, at = None, 2
     while encoded[at : at + 1] == b"\xff" and at + 4 <= len(encoded):
-        marker = encoded[at + 1]
-        if marker not in _SEGMENTS_BEFORE_FRAME:
-            return marker
-        at += 2 + int.from_bytes(encoded[at + 2 : at + 4])
+        marker, size = encoded[at + 1], int.from_bytes(encoded[at + 2 : at + 4])
+        if marker == _SCAN:
+            return frame
+        if marker not in _HEADER_SEGMENTS:
+            if frame is not None:
+                return None
+            frame = marker
+        at += 2 + size
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from google.protobuf import text_format
@@ -167,12 +168,37 @@ def test_python_steps_get_their_settings() -> None:
     }
 
 
+def test_the_guarded_ensemble_is_what_clients_know_with_a_step_in_front() -> None:
+    """Same tensors under the same name, so that a client never sees which profile serves it."""
+    plain, guarded = configs.image_ensemble(VIT_B_16, "shop"), configs.guarded_image_ensemble(VIT_B_16, "shop")
+    assert (guarded.name, guarded.inputs, guarded.outputs) == (plain.name, plain.inputs, plain.outputs)
+    assert [step.model for step in guarded.steps] == ["guard_image_224", "preprocess_image_224", "shop_image_tower"]
+    models = {model.name: model for model in (configs.guard_image(224), configs.dali_preprocess(224, "gpu"))}
+    fed = {"image"}
+    for step in guarded.steps[:2]:
+        config = models[step.model].to_proto()
+        assert {tensor.name for tensor in config.input} == {name for name, _ in step.inputs}
+        assert {tensor.name for tensor in config.output} == {name for name, _ in step.outputs}
+        assert {name for _, name in step.inputs} <= fed
+        fed |= {name for _, name in step.outputs}
+    assert fed >= {name for _, name in guarded.steps[2].inputs}
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_dali_takes_the_place_of_the_python_step(kind: Literal["cpu", "gpu"]) -> None:
+    plain, dali = configs.preprocess_image(224).to_proto(), configs.dali_preprocess(224, kind).to_proto()
+    assert (dali.name, dali.input, dali.output) == (plain.name, plain.input, plain.output)
+    assert dali.backend == "dali"
+    assert dali.input[0].allow_ragged_batch
+    assert [pb.ModelInstanceGroup.Kind.Name(group.kind) for group in dali.instance_group] == [f"KIND_{kind.upper()}"]
+
+
 def test_another_name_shares_what_is_shared() -> None:
     """A custom name renames towers and ensembles; tokeniser and preprocessing keep theirs."""
     files = rendered_files(VIT_B_16, "shop")
     assert {path.parts[0] for path in files} == {
-        "tokenize_text", "preprocess_image_224", "shop_text", "shop_image", "shop_text_tower", "shop_image_tower",
-        "shop_text_cached", "shop_similarity", "shop_zero_shot",
+        "tokenize_text", "preprocess_image_224", "guard_image_224", "shop_text", "shop_image", "shop_text_tower",
+        "shop_image_tower", "shop_text_cached", "shop_similarity", "shop_zero_shot",
     }  # fmt: skip
     assert not [text for path, text in files.items() if path.name == "config.pbtxt" and "vit_b_16" in text]
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import pytest
 
+from builders.attention import translate_attention
 from builders.onnx_export import ExportFailed, export_tower
 from builders.parity import measure_parity
 from tests.conftest import SMALL_SPECS, random_model
@@ -36,3 +38,30 @@ def test_a_file_that_does_not_load_fails_the_gate(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"not ONNX")
     with pytest.raises(ExportFailed, match=r"^model\.onnx: ONNX Runtime cannot load it: "):
         measure_parity(random_model(SMALL_SPECS["vit"]), "text", tmp_path / "model.onnx", 1)
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_attention_is_six_operators(kind: str, tmp_path: Path) -> None:
+    """Between the heads of query, key and value and what they gather: what fused kernels look for, and nothing else."""
+    export_tower(random_model(SMALL_SPECS["vit"]), kind, 1, tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    makers = {name: node for node in graph.node for name in node.output}
+    softmaxes = [node for node in graph.node if node.op_type == "Softmax"]
+    assert len(softmaxes) == 2
+    for softmax in softmaxes:
+        scores = makers[softmax.input[0]]
+        if kind == "text":
+            assert scores.op_type == "Add"
+            assert [makers[name].op_type for name in scores.input] == ["MatMul", "Where"]
+            scores = makers[scores.input[0]]
+        assert scores.op_type == "MatMul"
+        assert makers[scores.input[0]].op_type == "Mul"
+        users = [node.op_type for node in graph.node if softmax.output[0] in node.input]
+        assert users == ["MatMul"]
+    assert all("/" in node.name for node in softmaxes)  # named by its module
+
+
+def test_attention_that_no_tower_uses_is_not_exported() -> None:
+    for options in ({"is_causal": True}, {"scale": 1.0}, {"dropout_p": 0.1}, {"enable_gqa": True}):
+        with pytest.raises(ValueError, match="without dropout, causal mask"):
+            translate_attention(None, None, None, **options)

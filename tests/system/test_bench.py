@@ -261,7 +261,7 @@ def test_towers_are_timed_with_parity_beside(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        ({"batches": [0]}, "--batch 0: expected 1 to 64"),
+        ({"batches": [0]}, "--batch 0: expected 1 to 32"),
         ({"lengths": [2]}, "--lengths 2: expected 3 to 52"),
         ({"rounds": 0}, "--rounds 0: expected 1 to 1000"),
     ],

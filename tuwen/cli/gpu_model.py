@@ -10,6 +10,8 @@ from tuwen.cli.console import stderr, stdout
 
 if TYPE_CHECKING:
     from builders.gpu_build import GpuBuildResult
+    from builders.plan_gate import PlanPrecision
+    from tuwen.cli.model import Precision
 
 
 def build_for_gpu(
@@ -17,7 +19,7 @@ def build_for_gpu(
     name: str | None,
     repository: Path,
     model_version: int,
-    precision: str | None,
+    precision: Precision | None,
     compatible: tuple[bool, bool],
     if_changed: bool,
     as_json: bool,
@@ -31,17 +33,9 @@ def build_for_gpu(
     from builders.tensorrt_plan import PlanOptions
 
     options = PlanOptions(*compatible)
+    wanted: PlanPrecision = DEFAULT_PRECISION if precision is None else precision.value
     with stderr.status("building") as status:
-        result = build_gpu(
-            checkpoint,
-            name,
-            repository,
-            model_version,
-            status.update,
-            precision or DEFAULT_PRECISION,
-            options,
-            if_changed,
-        )
+        result = build_gpu(checkpoint, name, repository, model_version, status.update, wanted, options, if_changed)
     if as_json:
         print(json.dumps(_to_json(result)))
     elif result.is_current:

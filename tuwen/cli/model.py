@@ -13,6 +13,7 @@ from tuwen.cli.console import DEFAULT_REPOSITORY, Checkpoint, Json, Repository, 
 
 if TYPE_CHECKING:
     from builders.build import BuildResult
+    from builders.build import Precision as CpuPrecision
 
 
 class Profile(StrEnum):
@@ -60,10 +61,31 @@ def build(
     from tuwen.cli.gpu_model import build_for_gpu
 
     if profile is Profile.gpu:
+        _check_not_tuned(tune)
         compatible = (version_compatible, hardware_compatible)
         build_for_gpu(checkpoint, name, repository, model_version, precision, compatible, if_changed, as_json)
     else:
-        _build_for_cpu(checkpoint, name, repository, model_version, precision, tune, if_changed, as_json)
+        wanted = _cpu_precision(precision, profile_options=version_compatible or hardware_compatible)
+        _build_for_cpu(checkpoint, name, repository, model_version, wanted, tune, if_changed, as_json)
+
+
+def _check_not_tuned(tune: bool) -> None:
+    from tuwen.errors import InvalidInput
+
+    if tune:
+        raise InvalidInput("--tune measures the CPU model: leave it out, or take --profile cpu")
+
+
+def _cpu_precision(precision: Precision | None, profile_options: bool) -> CpuPrecision:
+    from tuwen.errors import InvalidInput
+
+    if profile_options:
+        raise InvalidInput("--version-compatible and --hardware-compatible are of TensorRT plans: give --profile gpu")
+    if precision is None or precision is Precision.fp32:
+        return "fp32"
+    if precision is Precision.int8:
+        return "int8"
+    raise InvalidInput(f"--precision {precision.value}: a CPU model is fp32 or int8; for others give --profile gpu")
 
 
 def _build_for_cpu(
@@ -71,7 +93,7 @@ def _build_for_cpu(
     name: str | None,
     repository: Path,
     model_version: int,
-    precision: str | None,
+    precision: CpuPrecision,
     tune: bool,
     if_changed: bool,
     as_json: bool,
@@ -80,7 +102,7 @@ def _build_for_cpu(
     from builders.tune import tune as run_tune
 
     with stderr.status("building") as status:
-        result = run_build(checkpoint, name, repository, model_version, status.update, precision or "fp32", if_changed)
+        result = run_build(checkpoint, name, repository, model_version, status.update, precision, if_changed)
         tuned = run_tune(repository, result.name, result.resolution, status.update) if tune else []
     if as_json:
         _print_json(result, tuned)
@@ -88,7 +110,8 @@ def _build_for_cpu(
     _print_result(result)
     for path in tuned:
         stdout.print(f"{path}: what suits this machine, and what was measured", soft_wrap=True)
-    stdout.print(f"fingerprint {result.fingerprint}; now run: tuwen serve")
+    if not result.is_current:
+        stdout.print(f"fingerprint {result.fingerprint}; now run: tuwen serve")
 
 
 def _print_json(result: BuildResult, tuned: list[Path]) -> None:
@@ -105,7 +128,9 @@ def _print_json(result: BuildResult, tuned: list[Path]) -> None:
 
 def _print_result(result: BuildResult) -> None:
     if result.is_current:
-        stdout.print(f"{result.repository}/{result.name}, version {result.version}: current, nothing was made")
+        stdout.print(
+            f"{result.repository}/{result.name}, version {result.version}: current, nothing was made", soft_wrap=True
+        )
         return
     for kind, parity in result.parity.items():
         stdout.print(

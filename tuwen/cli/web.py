@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from tuwen_web.indexing import Collection, ProgressHook
     from tuwen_web.searcher import Searcher
 
-_DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tuwen" / "web"
-
 
 def web(
     images: Annotated[Path, typer.Option("--images", help="Folder of pictures, or an *_imgs.tsv.")],
@@ -36,9 +34,8 @@ def web(
         list[str] | None, typer.Option("--allow-host", help="Host name that browsers may come by; may be repeated.")
     ] = None,
     cache: Annotated[
-        Path,
-        typer.Option("--cache", help="Folder that keeps the pictures' vectors.", show_default="~/.cache/tuwen/web"),
-    ] = _DEFAULT_CACHE,
+        Path | None, typer.Option("--cache", help="Folder that keeps the vectors; default ~/.cache/tuwen/web.")
+    ] = None,
     example: Annotated[
         list[str] | None, typer.Option("--example", help="Query to offer in place of the usual ones; may be repeated.")
     ] = None,
@@ -58,14 +55,14 @@ def web(
         address = f"http://{shown}:{listener.getsockname()[1]}"
 
         async def until_stopped() -> None:
-            searcher = _searcher(collection, url, name, cache / _file_of(images))
+            searcher = _searcher(collection, url, name, _vectors_path(cache, images))
             app = make_app(searcher, allowed_hosts(host, allow_host or []), example or EXAMPLES)
             await run(app, searcher, listener, lambda: print(address, flush=True))
 
         asyncio.run(until_stopped())
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server has its own: what was begun is ended
     collection = _collection(images)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server has its own: what was begun is ended
     try:
         with listen(host, port) as listener, embedded_server(repository) if start_server else nullcontext() as started:
             serve(started.grpc if started else url, listener)
@@ -95,7 +92,9 @@ def _bar() -> AbstractContextManager[ProgressHook]:
     return progress_bar("embedding pictures")
 
 
-def _file_of(images: Path) -> str:
-    """A name for each collection."""
+def _vectors_path(cache: Path | None, images: Path) -> Path:
+    """One file for each collection."""
+    if cache is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "tuwen" / "web"
     digest = hashlib.blake2b(os.fsencode(images.resolve()), digest_size=6).hexdigest()
-    return f"{images.stem}-{digest}.npz"
+    return cache / f"{images.stem}-{digest}.npz"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import signal
 import socket
+from contextlib import closing
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import quote
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 from tuwen_web.uploads import MAX_UPLOAD_BYTES, MAX_UPLOADS
 
-from tests.web.conftest import NO_PICTURE, Site, read, site
+from tests.system.web.conftest import NO_PICTURE, Site, read, site
 from tuwen.serving.server import EmbeddedServer
 
 pytestmark = pytest.mark.triton
@@ -143,7 +144,7 @@ def test_pages_of_other_sites_may_not_post(folder_site: Site, emoji: dict[str, b
 
 
 def test_a_large_picture_is_refused_by_its_length_alone(folder_site: Site) -> None:
-    with half_sent(folder_site, MAX_UPLOAD_BYTES + 1, b"") as connection:
+    with closing(half_sent(folder_site, MAX_UPLOAD_BYTES + 1, b"")) as connection:
         answer = read(connection.getresponse())
     assert answer.status == 413
     assert answer.json["error"] == "the picture is larger than 16 MiB, the limit"

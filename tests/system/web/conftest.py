@@ -19,15 +19,12 @@ from urllib.parse import urlencode
 
 import pytest
 
-from tests.system.conftest import SAMPLE_DATA, sample_repository, sample_server
+from tests.system.conftest import ROOT, SAMPLE_DATA
 from tuwen.cli.search import captions_of
 from tuwen.data.pairs import iter_images
 from tuwen.serving.server import EmbeddedServer
 
-__all__ = ["sample_repository", "sample_server"]
-
 IMAGES = SAMPLE_DATA / "valid_imgs.tsv"
-ROOT = Path(__file__).parent.parent.parent
 HOSTILE_NAME = "<img src=x onerror='window.hit=1'>.png"
 NO_PICTURE = "page.png"  # HTML that calls itself a PNG
 START_WITHIN_S = 60

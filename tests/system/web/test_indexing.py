@@ -121,7 +121,7 @@ def test_a_damaged_store_is_told_and_ignored(damage: str, tmp_path: Path, caplog
 def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
     VectorStore(tmp_path / "file" / "vectors.npz").save(7, {bytes(16): np.ones(4, np.float32)})
-    assert "vectors cannot be kept: Not a directory" in caplog.text
+    assert "vectors cannot be kept: File exists" in caplog.text
 
 
 def silent() -> AbstractContextManager[ProgressHook]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.system.conftest import some_ports
-from tests.web.conftest import HOSTILE_NAME, Site, site
+from tests.system.web.conftest import HOSTILE_NAME, Site, site
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")
 expect = sync_api.expect
@@ -78,7 +78,7 @@ def test_a_phrase_finds_its_picture(sample_site: Site, make_page: MakePage) -> N
     assert re.fullmatch(r"0\.\d{3}", page.locator(".grid .cosine").first.inner_text())
     image = page.locator(".grid img").first
     expect(image).to_have_attribute("alt", "哭泣的猫")
-    page.wait_for_function("document.querySelector('.grid img').naturalWidth > 0")
+    expect(image).not_to_have_js_property("naturalWidth", 0)
     search(page, "墨镜")
     expect(first_name(page)).to_have_text("墨镜")
     assert page.evaluate("window.isSamePage")
