@@ -6,6 +6,9 @@ tuwen render --check    say which of them differ, and exit 1
 
 from __future__ import annotations
 
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from google.protobuf import text_format
@@ -57,6 +60,20 @@ def rendered_files(spec: ModelSpec, name: str) -> dict[Path, str]:
     for on_gpu in gpu_models(spec, name):
         files[Path(on_gpu.name, "configs", f"{PROFILE}.pbtxt")] = configs.render(on_gpu)
     return files
+
+
+@contextmanager
+def lone_build(repository: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """One build of a repository at a time, whoever starts it: another would take away the plans beside the ONNX file it
+    replaces, and find current what is about to change. `on_wait` hears that another is under way."""
+    repository.mkdir(parents=True, exist_ok=True)
+    with open(repository / ".build.lock", "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield  # closing the file lets go of it, and so does the end of the process, however it comes
 
 
 def check_contract(files: dict[Path, str], repository: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from builders.repository import (
     check_contract,
     committed_files,
     drifted,
+    lone_build,
     rendered_files,
     write_rendered,
 )
@@ -295,3 +297,20 @@ def test_a_fresh_repository_gets_everything(tmp_path: Path) -> None:
     """Folders included."""
     files = rendered_files(VIT_B_16, "vit_b_16")
     assert write_rendered(files, tmp_path / "new" / "repository", overwrite=False) == list(files)
+
+
+def test_builds_of_one_repository_wait_for_each_other(tmp_path: Path) -> None:
+    order: list[str] = []
+    waits = threading.Event()
+
+    def second() -> None:
+        with lone_build(tmp_path, on_wait=waits.set):
+            order.append("second")
+
+    with lone_build(tmp_path, on_wait=lambda: order.append("waited for nobody")):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert waits.wait(10)
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]

@@ -58,15 +58,21 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint to ONNX, check it against PyTorch, and place it in the model repository."""
+    from builders.repository import lone_build
     from tuwen.cli.gpu_model import build_for_gpu
 
-    if profile is Profile.gpu:
-        _check_not_tuned(tune)
-        compatible = (version_compatible, hardware_compatible)
-        build_for_gpu(checkpoint, name, repository, model_version, precision, compatible, if_changed, as_json)
-    else:
-        wanted = _cpu_precision(precision, profile_options=version_compatible or hardware_compatible)
-        _build_for_cpu(checkpoint, name, repository, model_version, wanted, tune, if_changed, as_json)
+    with lone_build(repository, on_wait=_tell_waiting):
+        if profile is Profile.gpu:
+            _check_not_tuned(tune)
+            compatible = (version_compatible, hardware_compatible)
+            build_for_gpu(checkpoint, name, repository, model_version, precision, compatible, if_changed, as_json)
+        else:
+            wanted = _cpu_precision(precision, profile_options=version_compatible or hardware_compatible)
+            _build_for_cpu(checkpoint, name, repository, model_version, wanted, tune, if_changed, as_json)
+
+
+def _tell_waiting() -> None:
+    stderr.print("waiting for another build of this repository to end")
 
 
 def _check_not_tuned(tune: bool) -> None:
