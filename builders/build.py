@@ -14,11 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from builders.onnx_export import OPSET, TOWERS, ExportFailed, TowerKind, export_tower
+from builders.onnx_export import OPSET, export_tower
 from builders.parity import MAX_ABS_DIFF, MIN_COSINE, Parity, measure_parity
 from builders.quantize import MAX_RECALL_LOSS, QuantizationCost, measure_cost, quantize_tower
 from builders.quantize import MIN_COSINE as MIN_INT8_COSINE
 from builders.repository import REPOSITORY_DIR, check_contract, rendered_files, write_rendered
+from builders.towers import TOWERS, ExportFailed, TowerKind
 from tuwen import __version__
 from tuwen.checkpoint import load_checkpoint
 from tuwen.errors import InvalidInput

@@ -25,9 +25,9 @@ import numpy.typing as npt
 import onnxruntime as ort
 import torch
 
-from builders.onnx_export import TOWERS, TowerKind, export_tower
-from builders.parity import SAMPLES_DIR
+from builders.onnx_export import export_tower
 from builders.quantize import quantize_tower
+from builders.towers import SAMPLES_DIR, TOWERS, TowerKind
 from perf.rounds import alternate, machine, medians
 from perf.tensorrt_tower import MAX_BATCH, open_tensorrt
 from tuwen.checkpoint import load_checkpoint

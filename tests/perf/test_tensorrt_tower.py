@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from builders.onnx_export import INPUT_NAMES, TOWERS
+from builders.onnx_export import INPUT_NAMES
+from builders.towers import TOWERS
 from perf.tensorrt_tower import MAX_BATCH, open_tensorrt, profile_shapes
 from tuwen.specs import SPECS
 
