@@ -1,7 +1,7 @@
 """Towers -> ML programs, by coremltools: pictures and texts one at a time, as an app has them.
 
-The image tower takes the picture itself, 0 to 255, and normalises it; the text tower takes input_ids padded with [PAD] to
-one of a few lengths, and masks the padding. Both give vectors of unit length.
+The image tower takes the picture itself, 0 to 255, and normalises it; the text tower takes input_ids padded with [PAD]
+to one of a few lengths, and masks the padding. Both give vectors of unit length.
 """
 
 from __future__ import annotations

@@ -36,7 +36,9 @@ def affine_dequantize(given: Operands) -> Array:
     quantized, axis = given.array("quantized_data"), given.integer("axis")
 
     def along_axis(values: Array) -> Array:
-        return values if values.ndim == 0 else values.reshape([-1 if one == axis else 1 for one in range(quantized.ndim)])
+        return (
+            values if values.ndim == 0 else values.reshape([-1 if one == axis else 1 for one in range(quantized.ndim)])
+        )
 
     scale, zero_point = along_axis(given.array("scale")), along_axis(given.array("zero_point"))
     return scale * (quantized.astype(np.float32) - zero_point.astype(np.float32))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from builders.mil_evaluator.operands import Operands, evaluates
 from builders.mil_evaluator.types import Array
 
-_BINARY = {
+_BINARY: dict[str, Callable[[Array, Array], Any]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "maximum": np.maximum, "minimum": np.minimum,
     "equal": np.equal, "not_equal": np.not_equal, "greater_equal": np.greater_equal,
 }  # fmt: skip

@@ -34,11 +34,10 @@ def conv(given: Operands) -> Array:
     x, weight = given.array("x"), given.array("weight")
     given.require(x.ndim == 4, f"over {x.ndim - 2} dimensions")
     out_channels, in_channels, height, width = weight.shape
-    steps_y, steps_x = given.integers("strides", (1, 1))
     top, bottom, left, right = _padding(given)
     x = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
     # (B, C, H', W', height, width): a view; the columns of all patches are what is copied.
-    windows = sliding_window_view(x, (height, width), axis=(2, 3))[:, :, ::steps_y, ::steps_x]
+    windows = _windows(x, (height, width), given.integers("strides", (1, 1)))
     batch, _, rows, columns = windows.shape[:4]
     patches = windows.transpose(0, 1, 4, 5, 2, 3).reshape(batch, in_channels * height * width, rows * columns)
     result: Array = weight.reshape(out_channels, -1) @ patches
@@ -52,10 +51,15 @@ def avg_pool(given: Operands) -> Array:
     given.require(not any(_padding(given)), "with padding")
     given.require(not given.integer("ceil_mode", 0), "with ceil_mode")
     kernel = given.integers("kernel_sizes")
-    steps_y, steps_x = given.integers("strides", (1, 1))
-    windows = sliding_window_view(given.array("x"), kernel, axis=(2, 3))[:, :, ::steps_y, ::steps_x]
+    windows = _windows(given.array("x"), kernel, given.integers("strides", (1, 1)))
     result: Array = windows.mean((-2, -1), dtype=np.float32)
     return result
+
+
+def _windows(x: Array, kernel: tuple[int, ...], strides: tuple[int, ...]) -> Array:
+    """(B, C, H', W', *kernel): a view of what the kernel covers at each step."""
+    every: Array = sliding_window_view(x, kernel, axis=(2, 3))  # type: ignore[call-overload]  # numpy 1.26 types one axis
+    return every[:, :, :: strides[0], :: strides[1]]
 
 
 def _padding(given: Operands) -> tuple[int, ...]:

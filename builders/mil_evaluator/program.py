@@ -120,7 +120,7 @@ def _immediate(tensor: Message, type: TensorType) -> Array:
     dtype, shape = stored_dtype(type.dtype), [size or 0 for size in type.dims]
     values: Any
     if tensor.has(7):
-        values = np.frombuffer(bytes(tensor.message(7).bytes(1)), dtype)
+        values = np.frombuffer(bytes(tensor.message(7).raw(1)), dtype)
     elif tensor.has(1):
         values = np.frombuffer(tensor.message(1).packed_bytes(1), np.float32)
     elif tensor.has(3):

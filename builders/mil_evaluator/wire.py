@@ -46,18 +46,18 @@ class Message:
             raise UnusablePackage(f"the model is damaged: field {number} is no integer")
         return value - (1 << 64) if value >= 1 << 63 else value
 
-    def bytes(self, number: int) -> memoryview:
+    def raw(self, number: int) -> memoryview:
         value = self.fields.get(number, [memoryview(b"")])[-1]
         return self._as_bytes(number, value)
 
     def text(self, number: int) -> str:
-        return _decode(self.bytes(number))
+        return _decode(self.raw(number))
 
     def texts(self, number: int) -> list[str]:
         return [_decode(self._as_bytes(number, value)) for value in self.fields.get(number, [])]
 
     def message(self, number: int) -> Message:
-        return Message.parse(self.bytes(number))
+        return Message.parse(self.raw(number))
 
     def messages(self, number: int) -> list[Message]:
         return [Message.parse(self._as_bytes(number, value)) for value in self.fields.get(number, [])]

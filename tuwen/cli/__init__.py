@@ -19,6 +19,7 @@ from tuwen.cli.data import data_app
 from tuwen.cli.eval_files import add_file_commands
 from tuwen.cli.eval_zero_shot import eval_zero_shot
 from tuwen.cli.evaluation import eval_app
+from tuwen.cli.export import export_app
 from tuwen.cli.features import features
 from tuwen.cli.model import build, render
 from tuwen.cli.search import search
@@ -38,6 +39,7 @@ add_file_commands(eval_app)
 app.add_typer(eval_app, name="eval")
 app.add_typer(classifier_app, name="classifier")
 app.add_typer(bench_app, name="bench")
+app.add_typer(export_app, name="export")
 for command in (teacher_features, features, build, render, serve, search, calibrate):
     app.command()(command)
 
