@@ -32,7 +32,7 @@ class Bound:
     max_length_error: float
 
 
-# The first three cosines are the specification's. int8 costs what an 8-bit palette does: 255 even steps, but a scale for
+# The first three cosines are the specification's. int8 costs what an 8-bit palette does: 255 even steps, a scale for
 # each row of a matrix. The steps of 64 values are four times as wide as those of 256, the loss up to sixteen times as
 # large: the sample's worst item has 0.99956 by the one and 0.99997 by the other. Lengths are off by what dividing in
 # half precision, with 11 bits, leaves of them.
