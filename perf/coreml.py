@@ -2,14 +2,15 @@
 
     python -m perf.coreml --docs docs/coreml_figures.md
 
-The five published architectures at their real size with random weights, and the sample; the sample's packages also over
-all of Emoji-CN. One process an architecture and precision, so that memory is that of one tower; what is in --out already
-is not measured again. Everything by builders.mil_evaluator: no figure here was taken on an Apple device.
+The five published architectures at their real size with random weights, and the sample; the sample's packages also
+over all of Emoji-CN. One process an architecture and precision, so that memory is that of one tower; what is in --out
+already is not measured again. Everything by builders.mil_evaluator: no figure here was taken on an Apple device.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -120,11 +121,12 @@ def as_markdown(results: dict[str, Any]) -> str:
     lines = [
         "# Core ML packages in figures",
         "",
-        "Made by `python -m perf.coreml`; see its docstring. The sample has its trained weights, the others random ones at "
-        "their real size. Parity is the worst item's, the saved package against PyTorch by `builders/mil_evaluator`: a "
+        "Made by `python -m perf.coreml`; see its docstring. The sample has its trained weights, the others random ones "
+        "at their real size. Parity is the worst item's, the saved package against PyTorch by `builders/mil_evaluator`: a "
         "check of the program and of its weights, not of Apple's hardware.",
         "",
-        f"Packages for iOS {results['minimum_ios']} and later; coremltools {version('coremltools')}, torch {results['machine']['torch']}.",
+        f"Packages for iOS {results['minimum_ios']} and later; coremltools {version('coremltools')}, torch "
+        f"{results['machine']['torch']}.",
         "",
         "## Size and parity",
         "",
@@ -148,8 +150,8 @@ def as_markdown(results: dict[str, Any]) -> str:
 
 def _recall_lines(found: dict[str, Any]) -> list[str]:
     lines = [
-        "Emoji-CN's held-out style, 5,942 texts against 1,852 pictures, recall@10; every embedding by the evaluator, one "
-        "picture or text at a time.",
+        "Emoji-CN's held-out style, 5,942 texts against 1,852 pictures, recall@10; every embedding by the evaluator, "
+        "one picture or text at a time.",
         "",
         "| precision | packages | PyTorch | difference in points | allowed loss |",
         "|---|---|---|---|---|",
@@ -205,10 +207,10 @@ def main() -> None:
     results: dict[str, Any] = {"machine": machine(), "minimum_ios": options.target, "found": {}}
     if options.out.exists():
         results = json.loads(options.out.read_text(encoding="utf-8"))
-    for key in (f"{name} {each}" for name in options.architectures for each in options.precisions):
-        if key not in results["found"]:
+    for name, precision in itertools.product(options.architectures, options.precisions):
+        if (key := f"{name} {precision}") not in results["found"]:
             print(key, file=sys.stderr)
-            results["found"][key] = _measure_in_process(*key.split(" "), options.target)
+            results["found"][key] = _measure_in_process(name, precision, options.target)
             write_json(options.out, results)
     tables = as_markdown(results)
     print(tables)
