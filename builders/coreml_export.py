@@ -234,7 +234,7 @@ class _Exporter:
         converted.user_defined_metadata.update(
             {
                 "fingerprint": str(self.fingerprint),
-                "logit_scale": repr(float(self._model.logit_scale)),
+                "logit_scale": repr(self._model.logit_scale.item()),
                 "architecture": spec.name,
                 "precision": precision,
                 "calibration": _CALIBRATION,
@@ -259,7 +259,7 @@ class _Exporter:
             architecture=spec.name,
             checkpoint=self._checkpoint_name,
             fingerprint=str(self.fingerprint),
-            logit_scale=float(self._model.logit_scale),
+            logit_scale=self._model.logit_scale.item(),
             embed_dim=spec.embed_dim,
             resolution=spec.vision.resolution,
             context_length=text_buckets(spec)[-1],

@@ -121,9 +121,9 @@ def as_markdown(results: dict[str, Any]) -> str:
     lines = [
         "# Core ML packages in figures",
         "",
-        "Made by `python -m perf.coreml`; see its docstring. The sample has its trained weights, the others random ones "
-        "at their real size. Parity is the worst item's, the saved package against PyTorch by `builders/mil_evaluator`: a "
-        "check of the program and of its weights, not of Apple's hardware.",
+        "Made by `python -m perf.coreml`; see its docstring. The sample has its trained weights, the others random "
+        "ones at their real size. Parity is the worst item's, the saved package against PyTorch by "
+        "`builders/mil_evaluator`: a check of the program and of its weights, not of Apple's hardware.",
         "",
         f"Packages for iOS {results['minimum_ios']} and later; coremltools {version('coremltools')}, torch "
         f"{results['machine']['torch']}.",
@@ -176,9 +176,8 @@ def _operation_lines(found: dict[str, Any]) -> list[str]:
                 if key.split(" ")[0] == architecture:
                     counts |= Counter(one["towers"][kind]["operations"])
             if counts:
-                lines.append(
-                    f"| {architecture} | {kind} | {', '.join(f'{n} {op}' for op, n in counts.most_common())} |"
-                )
+                named = ", ".join(f"{number} {operation}" for operation, number in counts.most_common())
+                lines.append(f"| {architecture} | {kind} | {named} |")
     return lines
 
 

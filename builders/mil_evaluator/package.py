@@ -18,6 +18,9 @@ from builders.mil_evaluator.types import Array, rounded
 from builders.mil_evaluator.weights import WeightFile
 from builders.mil_evaluator.wire import Message
 
+# What NumPy and Python raise where the numbers of a damaged program do not fit each other.
+DAMAGE = (ValueError, TypeError, LookupError, OverflowError, MemoryError, AttributeError)
+
 
 class Package:
     """A package that is ready to run; safe to share between threads."""
@@ -37,7 +40,7 @@ class Package:
                 self._constants.update(self._evaluate(operation, self._constants))
             else:
                 function_of(operation.kind)  # an unknown one is refused before anything runs
-        self._steps = [each for each in program.operations if each.outputs[0][0] not in self._constants]
+        self._steps = [each for each in program.operations if each.name not in self._constants]
         self._last_use = self._last_uses()
 
     @property
@@ -56,11 +59,15 @@ class Package:
             raise UnusablePackage(f"{self.name}: given {sorted(feeds)}, expected {sorted(self.description.inputs)}")
         values: dict[str, Value] = {}
         for name, feature in self.description.inputs.items():
+            if name not in self.program.inputs:
+                raise UnusablePackage(f"{self.name}: the program has no input {name}")
             values[name] = rounded(feature.to_tensor(feeds[name]), self.program.inputs[name].dtype)
         for index, operation in enumerate(self._steps):
             values.update(self._evaluate(operation, values))
             for name in self._last_use[index]:
                 values.pop(name, None)
+        if missing := set(self.program.outputs) - set(values):
+            raise UnusablePackage(f"{self.name}: no step makes {', '.join(missing)}")
         return {name: np.asarray(values[name]) for name in self.program.outputs}
 
     def _evaluate(self, operation: Operation, values: Mapping[str, Value]) -> dict[str, Value]:
@@ -71,10 +78,12 @@ class Package:
         }
         try:
             results = function_of(operation.kind)(Operands(operation.kind, given, operation.outputs[0][1]))
-        except (ValueError, IndexError, TypeError) as error:
+        except DAMAGE as error:
             raise UnusablePackage(f"{self.name}: {operation.kind} {operation.name} cannot be run: {error}") from None
         found: dict[str, Value] = {}
         tensors = results if isinstance(results, tuple) else (results,)
+        if len(tensors) != len(operation.outputs):
+            raise UnusablePackage(f"{self.name}: {operation.kind} {operation.name} has {len(tensors)} outputs")
         for (name, type), result in zip(operation.outputs, tensors, strict=True):
             if not type.fits(np.shape(result)):
                 shape = list(np.shape(result))
@@ -96,8 +105,7 @@ class Package:
         return argument
 
     def _constant(self, operation: Operation) -> Value:
-        (value,) = operation.arguments.get("val", ("",))
-        return self._value(value, {}, operation)
+        return self._value(operation.arguments.get("val", ("",))[0], {}, operation)
 
     def _blob(self, reference: BlobReference) -> Array:
         if self._weights is None:
@@ -136,6 +144,8 @@ def load_package(path: Path) -> Package:
         return Package(path.name, parse_description(model), parse_program(model), weights)
     except UnusablePackage as error:
         raise UnusablePackage(f"{path.name}: {error}") from None
+    except DAMAGE as error:
+        raise UnusablePackage(f"{path.name}: is damaged: {type(error).__name__}: {error}") from None
 
 
 def _model_path(path: Path) -> Path:
