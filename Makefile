@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 QUERIES := 墨镜 生日蛋糕 红色的心 吃的水果 哭泣的猫 时钟
 
-.PHONY: demo test test-slow lint perf-analyzer bench-serving bench-overload bench-faults bench-training bench-ranking fuzz sample clean
+.PHONY: demo test test-slow lint perf-analyzer bench-serving bench-overload bench-faults bench-training bench-ranking check-coreml fuzz sample clean
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv
@@ -18,7 +18,7 @@ QUERIES := 墨镜 生日蛋糕 红色的心 吃的水果 哭泣的猫 时钟
 	@touch $@
 
 .venv/.dev: .venv/.serve
-	$(PIP) --editable '.[serve,build,bench,train,eval,ray,dev]' --editable clients/python
+	$(PIP) --editable '.[serve,build,coreml,bench,train,eval,ray,dev]' --editable clients/python
 	@# Without its dependencies: torchvision does not import beside a CPU build of torch, and the tests stub it.
 	$(PIP) --no-deps cn-clip==1.6.0
 	@# 18 MB, a few seconds. Where it cannot be had, the tests that need it are skipped and say so.
@@ -76,6 +76,12 @@ bench-ranking: .venv/.bench
 # Training beside Chinese-CLIP's own trainer, and with a batch of 4,096; each bound that is missed fails it.
 bench-training: .venv/.bench
 	$(BIN)/python -m perf.training
+
+# Core ML packages of all architectures in all precisions, run by our evaluator: an hour and 16 GB of memory. A recall
+# that falls too far fails it.
+check-coreml: .venv/.bench
+	$(PIP) --editable '.[coreml]'
+	$(BIN)/python -m perf.coreml --docs docs/coreml_figures.md
 
 # Damaged pictures and odd texts: some five minutes on two cores.
 fuzz: .venv/.serve

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partialmethod
+from functools import partial, partialmethod
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from builders.palette import fit_palette
 from builders.towers import ExportFailed, TowerKind
 from tuwen.errors import MissingDependency
 from tuwen.model import ChineseCLIP
@@ -35,9 +36,7 @@ OUTPUT_NAMES: dict[TowerKind, str] = {"text": "text_embeds", "image": "image_emb
 # length (docs/performance.md), and a query of seven characters has nine tokens. The last is the context length.
 TEXT_BUCKETS = (8, 12, 16, 24, 32)
 
-# Smaller tensors stay in half precision: together they are under a hundredth of any tower, and for them the palette
-# would be found by scikit-learn, which need not be there.
-MIN_PALETTE_WEIGHTS = 10_000
+PALETTE_SIZES: dict[Precision, int] = {"palette8": 256, "palette6": 64}
 
 
 def text_buckets(spec: ModelSpec) -> tuple[int, ...]:
@@ -191,9 +190,8 @@ def compress_tower(converted: Any, precision: Precision) -> Any:
             if precision == "int8":
                 linear = optimize.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8")
                 return optimize.linear_quantize_weights(converted, optimize.OptimizationConfig(global_config=linear))
-            palette = optimize.OpPalettizerConfig(
-                mode="kmeans", nbits=8 if precision == "palette8" else 6, weight_threshold=MIN_PALETTE_WEIGHTS
-            )
+            fit = partial(fit_palette, size=PALETTE_SIZES[precision])
+            palette = optimize.OpPalettizerConfig(mode="custom", lut_function=fit)
             return optimize.palettize_weights(converted, optimize.OptimizationConfig(global_config=palette))
     except Exception as error:  # as above
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
