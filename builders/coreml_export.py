@@ -229,7 +229,7 @@ class _Exporter:
         converted.version = str(self._request.version)
         converted.input_description[INPUT_NAMES[kind]] = given[kind]
         converted.output_description[OUTPUT_NAMES[kind]] = f"float32 (1, {spec.embed_dim}), of unit length."
-        # The day of the conversion would make every export another file.
+        # When it was converted is no part of what it is.
         converted.user_defined_metadata.pop("com.github.apple.coremltools.conversion_date", None)
         converted.user_defined_metadata.update(
             {
