@@ -32,15 +32,14 @@ class Bound:
     max_length_error: float
 
 
-# The first three cosines are the specification's. int8 costs what an 8-bit palette does: 255 even steps, a scale for
-# each row of a matrix. The steps of 64 values are four times as wide as those of 256, the loss up to sixteen times as
-# large: the sample's worst item has 0.99956 by the one and 0.99997 by the other. Lengths are off by what dividing in
-# half precision, with 11 bits, leaves of them.
+# The first three cosines are the specification's. int8 costs what an 8-bit palette does: 255 even steps, a scale for each
+# row of a matrix. The steps of 64 values are four times as wide as those of 256, so that the loss is sixteen times as
+# large; every architecture measured keeps ten times closer than these bounds (docs/coreml_figures.md). Lengths are off by what dividing in half precision, with 11 bits, leaves of them.
 BOUNDS: Mapping[Precision, Bound] = {
     "fp32": Bound(0.999999, 1e-4, 1e-5),
     "fp16": Bound(0.999, 1, 1e-3),
     "palette8": Bound(0.99, 1, 1e-3),
-    "palette6": Bound(0.95, 1, 1e-3),
+    "palette6": Bound(0.98, 1, 1e-3),
     "int8": Bound(0.99, 1, 1e-3),
 }
 
