@@ -10,7 +10,7 @@ TENSORRT_RTX := tensorrt-rtx==1.7.1.116 tensorrt-rtx-cu12==1.7.1.116 tensorrt-rt
 	tensorrt-rtx-cu12-bindings==1.7.1.116
 QUERIES := 墨镜 生日蛋糕 红色的心 吃的水果 哭泣的猫 时钟
 
-.PHONY: demo test test-slow lint check-tensorrt perf-analyzer bench-serving bench-overload bench-faults bench-training bench-ranking fuzz sample clean
+.PHONY: demo test test-slow lint check-tensorrt check-coreml perf-analyzer bench-serving bench-overload bench-faults bench-training bench-ranking fuzz sample clean
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv
@@ -21,7 +21,7 @@ QUERIES := 墨镜 生日蛋糕 红色的心 吃的水果 哭泣的猫 时钟
 	@touch $@
 
 .venv/.dev: .venv/.serve
-	$(PIP) --editable '.[serve,build,gpu,bench,train,eval,ray,dev]' --editable clients/python --editable clients/web
+	$(PIP) --editable '.[serve,build,gpu,coreml,bench,train,eval,ray,dev]' --editable clients/python --editable clients/web
 	@# Without its dependencies: torchvision does not import beside a CPU build of torch, and the tests stub it.
 	$(PIP) --no-deps cn-clip==1.6.0
 	@# 18 MB, a few seconds. Where it cannot be had, the tests that need it are skipped and say so.
@@ -89,6 +89,12 @@ bench-ranking: .venv/.bench
 # Training beside Chinese-CLIP's own trainer, and with a batch of 4,096; each bound that is missed fails it.
 bench-training: .venv/.bench
 	$(BIN)/python -m perf.training
+
+# Core ML packages of all architectures in all precisions, run by our evaluator: an hour and 16 GB of memory. A recall
+# that falls too far fails it.
+check-coreml: .venv/.bench
+	$(PIP) --editable '.[coreml]'
+	$(BIN)/python -m perf.coreml --docs docs/coreml_figures.md
 
 # Damaged pictures and odd texts: some five minutes on two cores.
 fuzz: .venv/.serve

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from builders.build_record import Place, Record, checkpoint_record, find_current, read_record, tool_versions
-from builders.onnx_export import OPSET, TOWERS, ExportFailed, TowerKind, export_tower
+from builders.onnx_export import OPSET, export_tower
 from builders.parity import MAX_ABS_DIFF, MIN_COSINE, Parity, measure_parity
 from builders.quantize import MAX_RECALL_LOSS, QuantizationCost, measure_cost, open_embed, quantize_tower
 from builders.quantize import MIN_COSINE as MIN_INT8_COSINE
 from builders.repository import REPOSITORY_DIR, check_contract, rendered_files, write_rendered
+from builders.towers import TOWERS, ExportFailed, TowerKind
 from tuwen.checkpoint import load_checkpoint
 from tuwen.errors import InvalidInput
 from tuwen.files import replace_folder

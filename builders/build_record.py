@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from builders.onnx_export import OPSET, TOWERS, TowerKind
+from builders.onnx_export import OPSET
+from builders.towers import TOWERS, TowerKind
 from tuwen import __version__
 from tuwen.specs import slugify
 

@@ -24,7 +24,6 @@ from builders.build import BuildResult, build, resolve_checkpoint
 from builders.build_record import Place, Record, read_record, sha256, tool_versions
 from builders.cuda_device import compute_capability
 from builders.half_numerics import first_overflow
-from builders.onnx_export import TOWERS, TowerKind
 from builders.plan_gate import Feed, PlanParity, PlanPrecision, Run, gate_batches, measure_plan
 from builders.plan_runner import open_plan
 from builders.quantize import MAX_RECALL_LOSS, Embed, measure_cost, open_embed
@@ -41,6 +40,7 @@ from builders.tensorrt_plan import (
     import_tensorrt,
     profile_shapes,
 )
+from builders.towers import TOWERS, TowerKind
 from tuwen.checkpoint import load_checkpoint
 from tuwen.errors import InvalidInput
 from tuwen.files import sync, write_text

@@ -20,9 +20,9 @@ import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
-from builders.onnx_export import TowerKind
 from builders.parity import NUM_REAL, Parity, measure_parity, open_session
 from builders.reduced_precision import DTYPES, FLOAT32, MOVES, load_graph, save_graph
+from builders.towers import TowerKind
 from tuwen.model import ChineseCLIP
 
 MIN_HALF_COSINE = 0.9995

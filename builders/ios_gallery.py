@@ -1,6 +1,6 @@
 """Pictures -> the gallery that an app carries: their names and vectors in one safetensors file.
 
-tuwen export gallery --checkpoint samples/emoji_tiny --images samples/emoji_cn/valid_imgs.tsv --out dist/ios
+tuwen export gallery --checkpoint samples/emoji_tiny --images samples/emoji_cn/valid_imgs.tsv --out dist/gallery
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -17,13 +16,11 @@ from onnx_graphsurgeon.logger import G_LOGGER
 from torch import Tensor, nn
 
 from builders.attention import translate_attention
-from tuwen.errors import TuwenError
+from builders.towers import ExportFailed, TowerKind
 from tuwen.model import ChineseCLIP
 from tuwen.specs import CLS_ID, SEP_ID, ModelSpec
 from tuwen.tokenizer import pack_rows
 
-TowerKind = Literal["text", "image"]
-TOWERS: tuple[TowerKind, ...] = ("text", "image")
 INPUT_NAMES: dict[TowerKind, list[str]] = {
     "text": ["input_ids", "text_offsets", "longest_text"],
     "image": ["pixel_values"],
@@ -38,10 +35,6 @@ OPSET = 18  # what TensorRT 10, ONNX Runtime 1.17 and PyTorch's exporter have in
 MAX_EMBEDDED_BYTES = 2**31 - 2**24
 # The exporter's note of the modules that a node is in, outermost first, then the operation itself.
 _SCOPES = "pkg.torch.onnx.name_scopes"
-
-
-class ExportFailed(TuwenError):
-    """A tower could not be exported, or the export does not compute what PyTorch computes."""
 
 
 class _Tower(nn.Module):

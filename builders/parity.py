@@ -12,20 +12,15 @@ import numpy.typing as npt
 import onnxruntime as ort
 import torch
 
-from builders.onnx_export import ExportFailed, TowerKind
-from tuwen.data.pairs import open_pairs
+from builders.towers import ExportFailed, TowerKind, sample_captions, sample_pictures
 from tuwen.image_transform import preprocess_image
 from tuwen.model import ChineseCLIP
 from tuwen.specs import CLS_ID, SEP_ID
-from tuwen.tokenizer import default_tokenizer, normalize_text, pack_rows, pad_rows
+from tuwen.tokenizer import default_tokenizer, pack_rows, pad_rows
 
 MIN_COSINE = 0.9999
 MAX_ABS_DIFF = 1e-4
 NUM_REAL = 16
-
-# The sample pictures and captions that ship with the checkout, so that parity is measured on real input anywhere.
-SAMPLES_DIR = Path(__file__).parent.parent / "samples" / "emoji_cn"
-
 
 # What a tower is fed, and the embeddings (B, D) that PyTorch makes of it.
 Batch = tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.float32]]
@@ -98,9 +93,7 @@ def tower_batches(model: ChineseCLIP, kind: TowerKind, num_real: int = NUM_REAL)
 @torch.inference_mode()
 def _image_batches(model: ChineseCLIP, num_real: int) -> Iterator[Batch]:
     resolution = model.spec.vision.resolution
-    samples = open_pairs(SAMPLES_DIR, "valid")
-    step = len(samples.image_ids) // num_real
-    real = [preprocess_image(samples.image_bytes(one), resolution) for one in samples.image_ids[::step][:num_real]]
+    real = [preprocess_image(encoded, resolution) for encoded in sample_pictures(num_real)]
     random = np.random.default_rng(0).standard_normal((4, 3, resolution, resolution), np.float32)
     for pixel_values in (random[:1], random[1:], *(one[None] for one in real)):
         yield {"pixel_values": pixel_values}, model.encode_image(torch.from_numpy(pixel_values), normalize=True).numpy()
@@ -111,10 +104,8 @@ def _text_batches(model: ChineseCLIP, num_real: int) -> Iterator[Batch]:
     """Packed texts of one length and of many, against the padded ones of training: masking is part of what counts."""
     longest = min(model.spec.context_length, model.spec.text.max_positions)
     random = np.random.default_rng(0)
-    texts = open_pairs(SAMPLES_DIR, "valid").texts
-    captions = [normalize_text(record.text) for record in texts[:: len(texts) // num_real]][:num_real]
     for lengths in ((3,), (9,), (16, 16, 16), (longest, 3, longest), ()):
         rows = [[CLS_ID, *random.integers(SEP_ID + 1, model.spec.text.vocab_size, n - 2), SEP_ID] for n in lengths]
-        rows = rows or [default_tokenizer().encode_ids(caption, longest) for caption in captions]
+        rows = rows or [default_tokenizer().encode_ids(caption, longest) for caption in sample_captions(num_real)]
         padded = torch.from_numpy(pad_rows(rows, longest))
         yield dict(pack_rows(rows)), model.encode_text(padded, normalize=True).numpy()

@@ -18,9 +18,9 @@ import numpy.typing as npt
 import torch
 
 from builders.configs import MAX_BATCH_SIZE
-from builders.onnx_export import TowerKind
 from builders.parity import Batch, open_session, tower_batches
 from builders.tensorrt_plan import PlanFailed
+from builders.towers import TowerKind
 from tuwen.model import ChineseCLIP
 from tuwen.tokenizer import pack_rows
 

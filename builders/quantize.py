@@ -16,8 +16,8 @@ import numpy.typing as npt
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from builders.onnx_export import TOWERS, ExportFailed, TowerKind
-from builders.parity import SAMPLES_DIR, open_session
+from builders.parity import open_session
+from builders.towers import SAMPLES_DIR, TOWERS, ExportFailed, TowerKind
 from tuwen.data.pairs import PairSet, TextRecord, open_pairs
 from tuwen.image_transform import preprocess_image
 from tuwen.retrieval import recall_at_k

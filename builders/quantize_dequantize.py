@@ -20,9 +20,9 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from builders.half_numerics import Feed
-from builders.onnx_export import ExportFailed, TowerKind
-from builders.parity import SAMPLES_DIR, open_session
+from builders.parity import open_session
 from builders.reduced_precision import cast_graph, check_types, half_nodes, load_graph, save_graph
+from builders.towers import SAMPLES_DIR, ExportFailed, TowerKind
 from tuwen.data.pairs import open_pairs
 from tuwen.image_transform import preprocess_image
 from tuwen.specs import ModelSpec

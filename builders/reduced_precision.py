@@ -17,7 +17,8 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from builders.onnx_export import ExportFailed, save_proto
+from builders.onnx_export import save_proto
+from builders.towers import ExportFailed
 
 HalfType = Literal["fp16", "bf16"]
 DTYPES: dict[HalfType, np.dtype] = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}

@@ -66,7 +66,9 @@ def rendered_files(spec: ModelSpec, name: str) -> dict[Path, str]:
 def lone_build(repository: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     """One build of a repository at a time, whoever starts it: another would take away the plans beside the ONNX file it
     replaces, and find current what is about to change. `on_wait` hears that another is under way."""
-    repository.mkdir(parents=True, exist_ok=True)
+    if not repository.is_dir():  # the first of all; nothing is left where it fails before it makes anything
+        yield
+        return
     with open(repository / ".build.lock", "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from builders.configs import MAX_BATCH_SIZE
-from builders.onnx_export import TowerKind
+from builders.towers import TowerKind
 from tuwen.errors import InvalidInput, MissingDependency, TuwenError
 from tuwen.files import atomic_path
 from tuwen.specs import ModelSpec

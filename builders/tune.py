@@ -28,8 +28,7 @@ from google.protobuf import text_format
 from PIL import Image
 from tritonclient.grpc import model_config_pb2 as pb
 
-from builders.onnx_export import TOWERS, TowerKind
-from builders.parity import SAMPLES_DIR
+from builders.towers import SAMPLES_DIR, TOWERS, TowerKind
 from tuwen.data.pairs import open_pairs
 from tuwen.files import write_text
 from tuwen.image_transform import preprocess_image

@@ -27,9 +27,10 @@ from typing import Any, Literal, ParamSpec, TypeVar, get_args
 import onnx
 import torch
 
-from builders.onnx_export import TOWERS, TowerKind, export_tower
+from builders.onnx_export import export_tower
 from builders.reduced_precision import write_half
 from builders.tensorrt_plan import ComputeCapability, PlanOptions, build_plan, import_tensorrt, profile_shapes
+from builders.towers import TOWERS, TowerKind
 from tuwen.errors import TuwenError
 from tuwen.files import write_text
 from tuwen.model import ChineseCLIP

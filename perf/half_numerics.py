@@ -20,9 +20,10 @@ import torch
 from torch import nn
 
 from builders.half_numerics import MIN_HALF_COSINE, Activation, Feed, measure_activations, measure_half_parity
-from builders.onnx_export import TOWERS, TowerKind, export_tower
+from builders.onnx_export import export_tower
 from builders.parity import Parity, tower_batches
 from builders.reduced_precision import HalfType, write_half
+from builders.towers import TOWERS, TowerKind
 from tuwen.checkpoint import load_checkpoint
 from tuwen.model import ChineseCLIP
 from tuwen.specs import get_spec

@@ -28,13 +28,13 @@ import torch
 
 from builders.configs import MAX_BATCH_SIZE
 from builders.cuda_device import compute_capability
-from builders.onnx_export import TOWERS, TowerKind, export_tower
-from builders.parity import SAMPLES_DIR
+from builders.onnx_export import export_tower
 from builders.plan_gate import Run
 from builders.plan_runner import open_plan
 from builders.quantize import quantize_tower
 from builders.reduced_precision import write_half
 from builders.tensorrt_plan import PlanOptions, build_plan, import_tensorrt, profile_shapes
+from builders.towers import SAMPLES_DIR, TOWERS, TowerKind
 from perf.rounds import alternate, machine, medians
 from tuwen.checkpoint import load_checkpoint
 from tuwen.data.pairs import open_pairs

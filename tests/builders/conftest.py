@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from builders.onnx_export import TOWERS, TowerKind, export_tower
+from builders.onnx_export import export_tower
+from builders.towers import TOWERS, TowerKind
 from tuwen.checkpoint import load_checkpoint
 from tuwen.model import ChineseCLIP
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import onnx
 
-from builders.onnx_export import INPUT_NAMES, TowerKind
+from builders.onnx_export import INPUT_NAMES
 from builders.tensorrt_plan import ComputeCapability, PlanOptions, build_plan, profile_shapes
+from builders.towers import TowerKind
 from tests.builders.gpu import tensorrt_rtx
 from tuwen.specs import ModelSpec
 

@@ -21,9 +21,9 @@ from onnx import numpy_helper
 
 from builders import onnx_export
 from builders.build import BuildResult, build
-from builders.onnx_export import TOWERS, ExportFailed, TowerKind
 from builders.parity import measure_parity
 from builders.repository import drifted, rendered_files
+from builders.towers import TOWERS, ExportFailed, TowerKind
 from tests.conftest import SMALL_SPECS, random_model
 from tuwen.checkpoint import load_checkpoint, save_checkpoint
 from tuwen.errors import InvalidInput

@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 from builders.build import build
 from builders.build_record import find_current
 from builders.gpu_build import Gpu, GpuBuildResult, build_gpu, pipeline_path
-from builders.onnx_export import TOWERS
 from builders.plan_gate import Feed, PlanPrecision, Run, gate_batches, measure_plan, open_onnx
 from builders.tensorrt_plan import ComputeCapability, PlanFailed, PlanOptions
+from builders.towers import TOWERS
 from tests.builders.gpu import absent_gpu, run_reduced_onnx
 from tests.conftest import SMALL_SPECS, random_model
 from tuwen.checkpoint import load_checkpoint, save_checkpoint

@@ -8,8 +8,9 @@ import onnx
 import pytest
 
 from builders.attention import translate_attention
-from builders.onnx_export import ExportFailed, export_tower
+from builders.onnx_export import export_tower
 from builders.parity import measure_parity
+from builders.towers import ExportFailed
 from tests.conftest import SMALL_SPECS, random_model
 
 

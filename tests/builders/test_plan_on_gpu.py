@@ -8,10 +8,10 @@ import pytest
 
 from builders.cuda_device import compute_capability
 from builders.gpu_build import build_gpu
-from builders.onnx_export import TOWERS
 from builders.plan_gate import MIN_COSINE, PlanPrecision
 from builders.plan_runner import open_plan
 from builders.tensorrt_plan import import_tensorrt
+from builders.towers import TOWERS
 from tuwen.errors import MissingDependency
 from tuwen.tokenizer import pack_rows
 

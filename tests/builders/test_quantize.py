@@ -11,9 +11,9 @@ import pytest
 
 from builders import quantize
 from builders.build import BuildResult, build
-from builders.onnx_export import TOWERS, ExportFailed
 from builders.parity import open_session
 from builders.quantize import MIN_COSINE, QuantizationCost
+from builders.towers import TOWERS, ExportFailed
 from tuwen.errors import InvalidInput
 from tuwen.tokenizer import default_tokenizer, pack_rows
 

@@ -11,9 +11,9 @@ import pytest
 from onnx import TensorProto
 
 from builders.half_numerics import write_twin
-from builders.onnx_export import TOWERS, ExportFailed, TowerKind
 from builders.quantize import MAX_RECALL_LOSS, QuantizationCost, measure_cost, open_embed
 from builders.quantize_dequantize import QuantizedType, calibration_feeds, write_quantized
+from builders.towers import TOWERS, ExportFailed, TowerKind
 from tests.builders.precision import build_strongly_typed
 from tests.shapes import shape_pairs, write_pairs
 from tuwen.model import ChineseCLIP

@@ -13,9 +13,10 @@ from onnx import TensorProto
 
 from builders import onnx_export
 from builders.half_numerics import MIN_HALF_COSINE, first_overflow, measure_activations, measure_half_parity, write_twin
-from builders.onnx_export import TOWERS, ExportFailed, TowerKind, export_tower
+from builders.onnx_export import export_tower
 from builders.parity import measure_parity, open_session
 from builders.reduced_precision import HalfType, write_half
+from builders.towers import TOWERS, ExportFailed, TowerKind
 from tests.builders.conftest import FINGERPRINT
 from tests.builders.precision import build_strongly_typed
 from tests.conftest import SMALL_SPECS, random_model

@@ -14,7 +14,7 @@ import pytest
 
 from builders.configs import MAX_BATCH_SIZE
 from builders.cuda_device import compute_capability
-from builders.onnx_export import INPUT_NAMES, TOWERS, TowerKind, export_tower
+from builders.onnx_export import INPUT_NAMES, export_tower
 from builders.plan_runner import open_plan
 from builders.reduced_precision import write_half
 from builders.tensorrt_plan import (
@@ -26,6 +26,7 @@ from builders.tensorrt_plan import (
     import_tensorrt,
     profile_shapes,
 )
+from builders.towers import TOWERS, TowerKind
 from tests.builders.gpu import AMPERE_86, tensorrt_rtx
 from tests.conftest import SMALL_SPECS, random_model
 from tuwen.errors import InvalidInput, MissingDependency

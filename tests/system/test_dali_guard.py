@@ -79,7 +79,7 @@ def twin_repository(sample_repository: Path, tmp_path_factory: pytest.TempPathFa
     shutil.copytree(sample_repository, repository)
     for model in (configs.dali_preprocess(R, "cpu"), configs.guarded_image_ensemble(SAMPLE, SAMPLE.slug)):
         profile = repository / model.name / "configs" / f"{PROFILE}.pbtxt"
-        profile.parent.mkdir()
+        profile.parent.mkdir(exist_ok=True)  # the GPU's own is there
         profile.write_text(configs.render(model))
     write_pipeline(R, repository / DALI / "1" / "model.dali", "cpu")
     return repository

@@ -19,7 +19,9 @@ from tuwen.cli.data import data_app
 from tuwen.cli.eval_files import add_file_commands
 from tuwen.cli.eval_zero_shot import eval_zero_shot
 from tuwen.cli.evaluation import eval_app
+from tuwen.cli.export import export_app
 from tuwen.cli.features import features
+from tuwen.cli.gallery import export_gallery
 from tuwen.cli.model import build, render
 from tuwen.cli.search import search
 from tuwen.cli.serving import serve
@@ -39,6 +41,8 @@ add_file_commands(eval_app)
 app.add_typer(eval_app, name="eval")
 app.add_typer(classifier_app, name="classifier")
 app.add_typer(bench_app, name="bench")
+export_app.command("gallery")(export_gallery)
+app.add_typer(export_app, name="export")
 for command in (teacher_features, features, build, render, serve, search, web, calibrate):
     app.command()(command)
 

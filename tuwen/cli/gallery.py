@@ -13,7 +13,7 @@ from tuwen.cli.console import Checkpoint, Out, progress_bar, stdout
 def export_gallery(
     checkpoint: Checkpoint,
     images: Annotated[Path, typer.Option("--images", help="Folder of pictures, or an *_imgs.tsv.")],
-    out: Out = Path("dist/ios"),
+    out: Out = Path("dist/gallery"),
 ) -> None:
     """Embed pictures for an app: their names and vectors in one file, gallery.safetensors."""
     from tuwen_client.images import encode_image_file

@@ -43,7 +43,7 @@ final class SearchModel: ObservableObject {
     private nonisolated static func load() throws -> Parts {
         let card = try ModelCard(json: Data(contentsOf: resource("model", "json")))
         let encoder = try TextEncoder(
-            compiledModel: resource("TextTower", "mlmodelc"), vocabulary: Data(contentsOf: resource("vocab", "txt")),
+            compiledModel: resource(card.text.compiledName, "mlmodelc"), vocabulary: Data(contentsOf: resource("vocab", "txt")),
             card: card)
         let gallery = try Gallery(
             safetensors: Data(contentsOf: resource("gallery", "safetensors")), fingerprint: card.fingerprint)

@@ -9,7 +9,7 @@ public final class ImageEncoder: @unchecked Sendable {  // MLModel predicts from
     private let model: MLModel
     private let card: ModelCard
 
-    /// - Parameter compiledModel: the `.mlmodelc` that Xcode makes of `ImageTower.mlpackage`.
+    /// - Parameter compiledModel: the `.mlmodelc` that Xcode makes of the image tower's package, `card.image.compiledName`.
     public init(compiledModel: URL, card: ModelCard, computeUnits: MLComputeUnits = .all) throws {
         let configuration = MLModelConfiguration()
         configuration.computeUnits = computeUnits

@@ -2,6 +2,19 @@ import Foundation
 
 /// `model.json`, which `tuwen export coreml` writes beside the two packages.
 public struct ModelCard: Decodable, Equatable, Sendable {
+    /// One of the two packages.
+    public struct Tower: Decodable, Equatable, Sendable {
+        /// File name, such as `vit_b_16_text.mlpackage`.
+        public let package: String
+
+        /// What Xcode calls the `.mlmodelc` that it makes of it, without that suffix.
+        public var compiledName: String {
+            package.hasSuffix(".mlpackage") ? String(package.dropLast(".mlpackage".count)) : package
+        }
+    }
+
+    public let text: Tower
+    public let image: Tower
     public let architecture: String
     /// Side of the square picture that the image tower takes, in pixels.
     public let resolution: Int
@@ -18,7 +31,7 @@ public struct ModelCard: Decodable, Equatable, Sendable {
     private let format: String
 
     enum CodingKeys: String, CodingKey {
-        case architecture, resolution, fingerprint, format
+        case text, image, architecture, resolution, fingerprint, format
         case embedDim = "embed_dim"
         case textBuckets = "text_buckets"
         case contextLength = "context_length"

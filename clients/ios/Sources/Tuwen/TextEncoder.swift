@@ -9,7 +9,7 @@ public final class TextEncoder: @unchecked Sendable {  // MLModel predicts from 
     private let card: ModelCard
 
     /// - Parameters:
-    ///   - compiledModel: the `.mlmodelc` that Xcode makes of `TextTower.mlpackage`.
+    ///   - compiledModel: the `.mlmodelc` that Xcode makes of the text tower's package, `card.text.compiledName`.
     ///   - computeUnits: `.all` lets Core ML choose among processor, graphics and Neural Engine.
     public init(compiledModel: URL, vocabulary: Data, card: ModelCard, computeUnits: MLComputeUnits = .all) throws {
         let configuration = MLModelConfiguration()

@@ -10,6 +10,7 @@ final class ModelCardTests: XCTestCase {
         XCTAssertEqual(card.textBuckets, card.textBuckets.sorted())
         XCTAssertEqual(card.textBuckets.last, card.contextLength)
         XCTAssertNotNil(UInt64(card.fingerprint))
+        XCTAssertEqual(card.text.compiledName, "tiny_rn_text")
     }
 
     func testAnotherFileIsRefused() {
