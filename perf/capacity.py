@@ -23,6 +23,8 @@ SECONDS_PER_HOUR = 3600
 # What gRPC, tokeniser and Python's part of Triton get through on two cores, the client beside them: the sample's tiny
 # tower, docs/serving.md, `python -m perf.client_window`. An .xlarge has two cores, so a GPU's texts end here.
 FRONT_TEXTS_PER_SECOND = 1620
+# What the guard in front of DALI gets through on two cores: 1.4 ms a JPEG of 640 x 480; docs/dali.md.
+FRONT_PICTURES_PER_SECOND = 2 * 1000 / 1.4
 
 Side = Literal["image", "text"]
 
@@ -89,7 +91,7 @@ def expected(gpu: Gpu, spec: ModelSpec) -> Machine:
     assert gpu.price_per_hour is not None
     usable = gpu.fp16_tflops * 1e12 * ASSUMED_EFFICIENCY
     rates: dict[Side, float] = {
-        "image": usable / image_flops(spec),
+        "image": min(usable / image_flops(spec), FRONT_PICTURES_PER_SECOND),
         "text": min(usable / text_flops(spec, USUAL_TOKENS), FRONT_TEXTS_PER_SECOND),
     }
     return Machine(f"{gpu.name} ({gpu.instance}), batches", gpu.price_per_hour, rates, "expected")
