@@ -16,9 +16,9 @@ from torch import nn
 
 from builders.half_numerics import first_overflow
 from builders.onnx_export import export_tower
-from builders.parity import SAMPLES_DIR, open_session
+from builders.parity import open_session
 from builders.reduced_precision import DTYPES, cast_graph, load_graph, save_graph, write_half
-from builders.towers import TOWERS, TowerKind
+from builders.towers import SAMPLES_DIR, TOWERS, TowerKind
 from tests.builders.conftest import FINGERPRINT
 from tests.conftest import SMALL_SPECS, random_model
 from tuwen.data.pairs import open_pairs
