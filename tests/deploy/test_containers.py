@@ -6,6 +6,7 @@ packages included: what requirements/*.txt leaves out is not there.
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import signal
@@ -18,10 +19,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from tuwen_client import Client, ServerUnavailable
 
 from tests.deploy.compose_file import ROOT, mounts, services
@@ -34,6 +35,7 @@ pytestmark = [
 ]
 SERVICES = services()
 READY_WITHIN_S = 120
+NUM_PICTURES = 24
 ADMIN = "known-to-the-operator"
 
 
@@ -131,7 +133,7 @@ def test_the_server_s_image_has_no_torch(deployment: Deployment, triton: Running
 
 def test_texts_and_pictures_are_answered(deployment: Deployment, triton: Running) -> None:
     with Client(f"127.0.0.1:{deployment.grpc}") as client:
-        embeds = client.embed_texts(["戴墨镜的笑脸", "生日蛋糕"])
+        embeds = client.embed_text(["戴墨镜的笑脸", "生日蛋糕"])
         np.testing.assert_allclose(np.linalg.norm(embeds, axis=1), 1, atol=1e-5)
         picture = np.zeros((64, 64, 3), np.uint8)
         assert client.embed_images([picture]).shape == (1, embeds.shape[1])
@@ -192,13 +194,33 @@ rounds.machine()
 
 
 def test_sigterm_finishes_what_is_under_way(deployment: Deployment, triton: Running) -> None:
-    """The last test: what `docker compose stop` does."""
-    texts = [f"第{number}个问题" for number in range(2000)]
+    """The last test: what `docker compose stop` does, while one request of a second's work is being answered."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1600, 1600, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", compress_level=1)
     with Client(f"127.0.0.1:{deployment.grpc}") as client, ThreadPoolExecutor(1) as pool:
-        answers: Any = pool.submit(lambda: [client.embed_texts(texts[i : i + 20]) for i in range(0, 2000, 20)])
-        time.sleep(0.3)
+        asked = pool.submit(client.score, [file.getvalue()] * NUM_PICTURES, ["猫", "狗"])
+        wait_until_busy(deployment)
         triton.process.send_signal(signal.SIGTERM)
-        with pytest.raises(ServerUnavailable):  # a sentence, and no answer that never comes
-            answers.result(timeout=40)
-    assert triton.process.wait(45) == 0
+        assert not asked.done()
+        assert asked.result(timeout=40).probs.shape == (NUM_PICTURES, 2)
+        assert triton.process.wait(45) == 0
+        with pytest.raises(ServerUnavailable):
+            client.embed_text(["猫"])
     assert "stopped" in "".join(triton.log[-3:])
+
+
+def wait_until_busy(deployment: Deployment) -> None:
+    """Until the server has begun with pictures."""
+    deadline = time.monotonic() + 20
+    pattern = re.compile(r'^nv_inference_pending_request_count\{model="preprocess_image_64.*\} (\d+)', re.MULTILINE)
+    counted = re.compile(r'^nv_inference_count\{model="preprocess_image_64.*\} (\d+)', re.MULTILINE)
+    before = None
+    while time.monotonic() < deadline:
+        with urllib.request.urlopen(f"http://127.0.0.1:{deployment.metrics}/metrics", timeout=5) as answer:
+            text = answer.read().decode()
+        count = sum(int(number) for number in (*pattern.findall(text), *counted.findall(text)))
+        before = count if before is None else before
+        if count > before:
+            return
+    pytest.fail("the request did not reach the server")
