@@ -133,8 +133,9 @@ def as_markdown(results: dict[str, Any]) -> str:
         "| architecture | precision | image MB | text MB | image cosine | text cosine | largest difference | items |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for key, one in found.items():
-        architecture, precision = key.split(" ")
+    ordered = [f"{name} {each}" for name in ARCHITECTURES for each in PRECISIONS if f"{name} {each}" in found]
+    for key in ordered:
+        one, (architecture, precision) = found[key], key.split(" ")
         image, text = one["towers"]["image"], one["towers"]["text"]
         lines.append(
             f"| {architecture} | {precision} | {image['size_bytes'] / 1e6:.1f} | {text['size_bytes'] / 1e6:.1f} "

@@ -35,7 +35,7 @@ pytestmark = [
 ]
 SERVICES = services()
 READY_WITHIN_S = 120
-NUM_PICTURES = 60
+NUM_PICTURES = 24
 ADMIN = "known-to-the-operator"
 
 
