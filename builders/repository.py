@@ -7,6 +7,8 @@ tuwen render --check    say which of them differ, and exit 1
 from __future__ import annotations
 
 import fcntl
+import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,8 @@ from builders.gpu_configs import PROFILE, gpu_models
 from tuwen.errors import InvalidInput
 from tuwen.files import write_text
 from tuwen.specs import ModelSpec, get_spec, slugify
+
+log = logging.getLogger(__name__)
 
 REPOSITORY_DIR = Path(__file__).parent.parent / "model_repository"
 
@@ -69,13 +73,18 @@ def lone_build(repository: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     if not repository.is_dir():  # the first of all; nothing is left where it fails before it makes anything
         yield
         return
-    with open(repository / ".build.lock", "ab") as file:
+    folder = os.open(repository, os.O_RDONLY)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             on_wait()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield  # closing the file lets go of it, and so does the end of the process, however it comes
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks on folders
+            log.warning("%s cannot be locked: start one build of it at a time", repository)
+        yield
+    finally:
+        os.close(folder)  # lets go of it, as does the end of the process, however it comes
 
 
 def check_contract(files: dict[Path, str], repository: Path) -> None:
