@@ -23,6 +23,7 @@ from tuwen.image_transform import MAX_IMAGE_PIXELS, preprocess_image
 from tuwen.scoring import Calibration, load_calibration
 from tuwen.serving.queued_model import priority_of
 from tuwen.serving.request_queue import BULK
+from tuwen.serving.responses import failure, refusal, response_of
 from tuwen.specs import slugify
 from tuwen.tokenizer import check_text
 
@@ -201,18 +202,11 @@ async def _answer(request: Any, answer: Callable[[Any], Awaitable[dict[str, npt.
     _TIMEOUT_US.set(request.timeout())
     try:
         outputs = await answer(request)
-    except InvalidInput as error:
-        return _error(str(error), pb_utils.TritonError.INVALID_ARG)
     except CallFailed as error:
-        return _error(str(error), error.code)
-    except Exception as error:  # a bug: its traceback is the log's, not the client's
-        pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
-        return _error("the server made a mistake; its log says which", pb_utils.TritonError.INTERNAL)
-    return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in outputs.items()])
-
-
-def _error(message: str, code: int) -> Any:
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+        return refusal(str(error), error.code)
+    except Exception as error:
+        return failure(error)
+    return response_of(outputs)
 
 
 def _check_count(what: str, items: Sequence[bytes], most: int) -> None:

@@ -18,6 +18,7 @@ import triton_python_backend_utils as pb_utils
 
 from tuwen.serving.full_models import FullFlag, Side, are_all_full
 from tuwen.serving.request_queue import BULK, INTERACTIVE, QueueLimits, RequestQueue
+from tuwen.serving.responses import failure, refusal
 
 _PARAMETERS = ("interactive", "bulk")
 _METRICS_INTERVAL_S = 1.0
@@ -99,7 +100,7 @@ class QueuedModel:
         while (taken := self._queue.take(self._max_rows)) is not None:
             self._tell_room()
             if taken.expired:
-                self._answered.put([(request, _refusal(_EXPIRED)) for request in taken.expired])
+                self._answered.put([(request, _unavailable(_EXPIRED)) for request in taken.expired])
                 self._metrics.add("tuwen_queue_expired_total", len(taken.expired))
             if not taken.items:
                 continue
@@ -107,9 +108,7 @@ class QueuedModel:
             try:
                 responses = self._answer(taken.items)
             except Exception as error:  # whatever it is, the next requests find a worker
-                pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
-                told = pb_utils.TritonError("the server made a mistake; its log says which")
-                responses = [pb_utils.InferenceResponse(error=told)] * len(taken.items)
+                responses = [failure(error)] * len(taken.items)
             computed_s = time.perf_counter() - started
             answered = list(zip(taken.items, responses, strict=True))
             if len(self._queue):
@@ -208,7 +207,7 @@ def _send(request: Any, response: Any) -> None:
 
 def full_refusal() -> Any:
     """The answer to a request for which there is no room."""
-    return _refusal(_FULL)
+    return _unavailable(_FULL)
 
 
 class EarlyRefusals:
@@ -239,5 +238,5 @@ def priority_of(request: Any) -> int:
     return INTERACTIVE if priority == INTERACTIVE else BULK
 
 
-def _refusal(sentence: str) -> Any:
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(sentence, pb_utils.TritonError.UNAVAILABLE))
+def _unavailable(sentence: str) -> Any:
+    return refusal(sentence, pb_utils.TritonError.UNAVAILABLE)

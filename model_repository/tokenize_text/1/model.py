@@ -7,6 +7,7 @@ import triton_python_backend_utils as pb_utils
 
 from tuwen.errors import InvalidInput
 from tuwen.serving.queued_model import EarlyRefusals, full_refusal
+from tuwen.serving.responses import respond
 from tuwen.tokenizer import check_text, default_tokenizer, normalize_text
 
 
@@ -24,23 +25,14 @@ class TritonPythonModel:
     def _respond(self, request):
         if self.refusals.must_refuse(request):
             return full_refusal()
-        texts = pb_utils.get_input_tensor_by_name(request, "text").as_numpy().ravel()
-        try:
-            if len(texts) != 1:
-                raise InvalidInput(f"request has {len(texts)} texts, expected one; the server builds the batches")
-            ids, truncated = self.tokenizer.encode_checked(normalize_text(check_text(texts[0])))
-        except InvalidInput as error:
-            refused = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
-            return pb_utils.InferenceResponse(error=refused)
-        except Exception as error:  # a bug, or no memory: what it says is for the log, and this request fails alone
-            pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
-            failed = pb_utils.TritonError(
-                "the server made a mistake; its log says which", pb_utils.TritonError.INTERNAL
-            )
-            return pb_utils.InferenceResponse(error=failed)
-        outputs = {
+        return respond(lambda: self._outputs(pb_utils.get_input_tensor_by_name(request, "text").as_numpy().ravel()))
+
+    def _outputs(self, texts):
+        if len(texts) != 1:
+            raise InvalidInput(f"request has {len(texts)} texts, expected one; the server builds the batches")
+        ids, truncated = self.tokenizer.encode_checked(normalize_text(check_text(texts[0])))
+        return {
             "input_ids": np.array([ids], np.int64),
             "num_tokens": np.array([[len(ids)]], np.int64),
             "truncated": np.array([[truncated]], np.bool_),
         }
-        return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in outputs.items()])

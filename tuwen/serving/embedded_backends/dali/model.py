@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from tuwen.errors import InvalidInput
+from tuwen.serving.responses import failure, response_of
+
 _INSTALL_HINT = "backend dali needs NVIDIA DALI: pip install 'tuwen[gpu]'"
 
 
@@ -43,9 +46,8 @@ class TritonPythonModel:
             if len(files) > 1:
                 return [response for each in files for response in self._answer([each])]
             pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
-            return [_refusal("image cannot be decoded by DALI; the server's log says why")]
-        batches = np.split(rows, np.cumsum(lengths)[:-1])
-        return [pb_utils.InferenceResponse([pb_utils.Tensor(self._output["name"], batch)]) for batch in batches]
+            return [failure(InvalidInput("image cannot be decoded by DALI; the server's log says why"))]
+        return [response_of({self._output["name"]: batch}) for batch in np.split(rows, np.cumsum(lengths)[:-1])]
 
     def _run(self, files: list[Any]) -> Any:
         self._pipeline.feed_input(self._input["name"], files)
@@ -66,7 +68,3 @@ class TritonPythonModel:
         except RuntimeError as error:
             told = f"{self._path} is not a pipeline that DALI runs on the CPU: {error}"
             raise pb_utils.TritonModelException(told) from error
-
-
-def _refusal(sentence: str) -> Any:
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(sentence, pb_utils.TritonError.INVALID_ARG))

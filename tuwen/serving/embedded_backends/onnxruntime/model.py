@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import triton_python_backend_utils as pb_utils
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 from tuwen.serving.queued_model import QueuedModel, is_queued
+from tuwen.serving.responses import refusal, response_of
 
 Feed = dict[str, Any]  # tensor name -> numpy array
 
@@ -101,7 +102,7 @@ class TritonPythonModel:
             try:
                 feed = self._read_inputs(request)
             except UnicodeDecodeError as error:
-                responses[index] = _error_response(f"a text is not UTF-8: {error}", pb_utils.TritonError.INVALID_ARG)
+                responses[index] = refusal(f"a text is not UTF-8: {error}", pb_utils.TritonError.INVALID_ARG)
                 continue
             shapes = self._batch_key(feed) if self._is_batching else index
             batches[shapes, tuple(sorted(request.requested_output_names()))].append((index, feed))
@@ -150,12 +151,12 @@ class TritonPythonModel:
             code = pb_utils.TritonError.INVALID_ARG if is_invalid else pb_utils.TritonError.INTERNAL
             if not is_invalid:
                 pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
-            return [_error_response(_PATH.sub("…", str(error)), code)]
+            return [refusal(_PATH.sub("…", str(error)), code)]
         if len(feeds) == 1:
-            return [_response(output_names, outputs)]
+            return [_named(output_names, outputs)]
         ends = np.cumsum(lengths)[:-1]
         rows = zip(*(np.split(output, ends) for output in outputs), strict=True)  # views, no copies
-        return [_response(output_names, arrays) for arrays in rows]
+        return [_named(output_names, arrays) for arrays in rows]
 
 
 def _supported_kind(batch_input: dict[str, Any]) -> str:
@@ -168,12 +169,8 @@ def _supported_kind(batch_input: dict[str, Any]) -> str:
     return str(kind)
 
 
-def _response(names: list[str], arrays: Any) -> Any:
-    return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in zip(names, arrays, strict=True)])
-
-
-def _error_response(message: str, code: int) -> Any:
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+def _named(names: list[str], arrays: Iterable[Any]) -> Any:
+    return response_of(dict(zip(names, arrays, strict=True)))
 
 
 def _read_options(config: dict[str, Any]) -> tuple[ort.SessionOptions, ort.RunOptions]:
