@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -31,6 +30,7 @@ from builders.onnx_export import export_tower
 from builders.reduced_precision import write_half
 from builders.tensorrt_plan import ComputeCapability, PlanOptions, build_plan, import_tensorrt, profile_shapes
 from builders.towers import TOWERS, TowerKind
+from perf.processes import peak_rss_bytes
 from tuwen.errors import TuwenError
 from tuwen.files import write_text
 from tuwen.model import ChineseCLIP
@@ -40,7 +40,7 @@ ARCHITECTURES = ("RN50", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "Ti
 TARGETS = (ComputeCapability(8, 0), ComputeCapability(8, 6), ComputeCapability(8, 9))
 Precision = Literal["fp32", "fp16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-_MB, _KB = 1e6, 1024
+_MB = 1e6
 _NAME = "tensorrt_check"
 # Tiny-RN has 96 and 16 channels where the others have hundreds; fingerprint and scale are of no concern here.
 _FINGERPRINT = 1
@@ -125,7 +125,7 @@ def _build(architecture: str, kind: TowerKind, precision: Precision, folder: Pat
         num_layers=max(one.num_layers for one in built.values()),
         seconds={sm: round(one.seconds, 1) for sm, one in built.items()},
         size_mb=round(max(one.size_bytes for one in built.values()) / _MB, 1),
-        peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KB / 1e9, 1),
+        peak_gb=round(peak_rss_bytes() / 1e9, 1),
     )
 
 

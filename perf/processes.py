@@ -1,10 +1,14 @@
-"""A server's processes, as /proc shows them."""
+"""Processes and their memory, as /proc shows them."""
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from types import TracebackType
 
 _PAGE_MIB = 4096 / 2**20
+# What a process takes in its last moment is missed; the peak until then is not.
+_LOOK_EVERY_S = 0.01
 
 
 def descendants(pid: int) -> dict[int, list[str]]:
@@ -32,6 +36,41 @@ def rss_mib(pid: int) -> float:
         except OSError:
             continue
     return total
+
+
+def peak_rss_bytes(pid: int | str = "self") -> int:
+    """The most memory that a running process has held; 0 where it has ended.
+
+    Not `ru_maxrss`: that begins with what the process held that it was forked from.
+    """
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return max((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), default=0)
+
+
+class PeakRss:
+    """As a context manager: looks after a process until the block ends; `bytes` is then the most that it has held."""
+
+    def __init__(self, pid: int) -> None:
+        self.bytes = 0
+        self._pid, self._is_over = pid, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakRss:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(_LOOK_EVERY_S):
+            self.bytes = max(self.bytes, peak_rss_bytes(self._pid))
 
 
 def _command(pid: int) -> list[str]:

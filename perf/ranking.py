@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from perf.processes import PeakRss
 from perf.published_scripts import published_command
 from perf.rounds import machine, write_json
 
@@ -164,19 +165,21 @@ def run(command: Sequence[str | Path]) -> Ran:
     lines = []
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with tempfile.TemporaryFile("w+") as errors:
-        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process:
+        with (
+            subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
+            PeakRss(process.pid) as peak,
+        ):
             for line in process.stdout or ():
                 lines.append(line)
                 if line.startswith("Finished loading"):
                     loaded = time.perf_counter()
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
+            process.wait()
         ended = time.perf_counter()
         if process.returncode:
             errors.seek(0)
             sys.stderr.write(errors.read())
             raise subprocess.CalledProcessError(process.returncode, words[:4])
-    return Ran(ended - started, ended - loaded, usage.ru_maxrss * 1024, "".join(lines))
+    return Ran(ended - started, ended - loaded, peak.bytes, "".join(lines))
 
 
 def write_set(folder: Path, images: Path, texts: Path, annotations: Path, num_queries: int, num_items: int) -> None:

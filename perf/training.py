@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from perf.processes import PeakRss
 from perf.rounds import machine, write_json
 from tuwen.data.lmdb import write_lmdb
 
@@ -65,10 +65,11 @@ def run(command: list[str], log: Path) -> float:
     """
     with open(log, "wb") as out, open(log.with_suffix(".err"), "wb") as err:
         process = subprocess.Popen([sys.executable, *command], stdout=out, stderr=err)
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
+        with PeakRss(process.pid) as peak:
+            process.wait()
+    if process.returncode:
         raise RuntimeError(log.with_suffix(".err").read_text(errors="replace")[-2000:])
-    return usage.ru_maxrss / 1024
+    return peak.bytes / 2**20
 
 
 def ours(data: Path, architecture: str, batch: int, chunk: int, steps: int, folder: Path) -> Measured:
