@@ -73,18 +73,31 @@ def lone_build(repository: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     if not repository.is_dir():  # the first of all; nothing is left where it fails before it makes anything
         yield
         return
-    folder = os.open(repository, os.O_RDONLY)
-    try:
+    path = repository / ".build.lock"
+    with _locked(path, on_wait):
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait()
-            fcntl.flock(folder, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks on folders
-            log.warning("%s cannot be locked: start one build of it at a time", repository)
-        yield
-    finally:
-        os.close(folder)  # lets go of it, as does the end of the process, however it comes
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """A file of that name held alone. Open for writing, which NFS asks for; the end of a process lets go of it, however
+    it comes."""
+    while True:
+        with open(path, "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_wait()
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:  # a file system without locks
+                log.warning("%s cannot be locked (%s): start one build of it at a time", path, error.strerror)
+            # Whoever held it before has taken the name away: what is locked then is no longer what others find.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                yield
+                return
 
 
 def check_contract(files: dict[Path, str], repository: Path) -> None:

@@ -1,7 +1,8 @@
 # Checkpoint -> model repository: `tuwen build` as a container that ends. Context: the checkout.
 #   docker build --target cpu -f docker/Dockerfile.builder .
 #   docker build --target gpu --build-arg TRITON_RELEASE=25.xx -f docker/Dockerfile.builder .
-ARG TRITON_RELEASE
+# Of the stage `gpu` alone, but an engine reads every FROM: "none" keeps the other one's a name.
+ARG TRITON_RELEASE=none
 
 FROM python:3.11.14-slim-bookworm AS cpu
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOME=/home/tuwen

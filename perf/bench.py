@@ -6,6 +6,7 @@ scenario + server -> a folder with perf_analyzer's CSVs, summary.json, curves.pn
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import tempfile
 import time
@@ -308,12 +309,18 @@ def _increase(before: Statistics, after: Statistics, name: str, which: str) -> i
 
 
 def _versions(analyzer: Analyzer, target: Target) -> dict[str, str]:
-    root = Path(__file__).parents[1]
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=root, check=False
-    )
     found = {"tuwen": __version__, "triton server": target.server_version, "perf_analyzer": analyzer.origin}
-    return found | ({"checkout": git.stdout.strip()} if git.returncode == 0 else {})
+    return found | ({"checkout": checkout} if (checkout := _checkout()) else {})
+
+
+def _checkout() -> str | None:
+    """The commit; None outside of a checkout, or without git, as in a container."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    command = [git, "describe", "--always", "--dirty"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    return ended.stdout.strip() if ended.returncode == 0 else None
 
 
 def _check_out(out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from tuwen.data.pairs import open_pairs
+from tuwen.errors import MissingDependency
 
 # The photographs inside the wheels of scikit-image and scikit-learn.
 PHOTOGRAPHS = (
@@ -50,14 +52,23 @@ def muge_like_texts(
 
 
 def photographs() -> Iterator[tuple[str, Image.Image]]:
-    """Name and RGB picture of each."""
-    import skimage.data
-    import sklearn.datasets
+    """Name and RGB picture of each.
 
+    Raises:
+        MissingDependency: scikit-image or scikit-learn, whose files they are, is not installed.
+    """
     for name in PHOTOGRAPHS:
-        yield name, Image.open(Path(skimage.data.__file__).parent / name).convert("RGB")
+        yield name, Image.open(_folder_of("skimage") / "data" / name).convert("RGB")
     for name in ("china.jpg", "flower.jpg"):
-        yield name, Image.open(Path(sklearn.datasets.__file__).parent / "images" / name).convert("RGB")
+        yield name, Image.open(_folder_of("sklearn") / "datasets" / "images" / name).convert("RGB")
+
+
+def _folder_of(package: str) -> Path:
+    """Found without importing it, which takes more packages than its files do."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingDependency(f"the photographs of {package} are not installed: pip install 'tuwen[bench]'")
+    return Path(spec.submodule_search_locations[0])
 
 
 def encode_jpeg(image: Image.Image, size: tuple[int, int], subsampling: int = 2) -> bytes:

@@ -5,6 +5,7 @@ A container's paths are absolute, a folder's are not: `Container.inside` puts th
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -53,12 +54,17 @@ def read_dockerfile(path: Path, target: str | None = None, args: Mapping[str, st
     Raises:
         ValueError: an instruction that is not known here.
     """
+    return read_stages(path, args)[target or "only"]
+
+
+def read_stages(path: Path, args: Mapping[str, str] | None = None) -> dict[str, Image]:
+    """Every stage by name, as an engine reads them whichever is asked for; "only" where it has none."""
     stages: dict[str, Image] = {}
-    image, known = Image(""), set(args or {})
+    image, values = Image(""), dict(args or {})
     for instruction, rest in _instructions(path):
         if instruction == "FROM":
             base, _, name = rest.partition(" AS ")
-            image = Image(_substituted(base, args or {}))
+            image = Image(_substituted(base, values))
             stages[name or "only"] = image
         elif instruction == "ENV":
             for word in shlex.split(rest):
@@ -71,26 +77,21 @@ def read_dockerfile(path: Path, target: str | None = None, args: Mapping[str, st
             image.runs.append(rest)
             image.requirements += _REQUIREMENTS.findall(rest)
         elif instruction == "CMD":
-            image.command = _words(rest)
+            image.command = json.loads(rest)
         elif instruction in ("WORKDIR", "USER"):
             setattr(image, instruction.lower(), rest)
         elif instruction == "ARG":
-            assert rest in known or stages == {}, rest
+            name, _, default = rest.partition("=")
+            values.setdefault(name, default)
         elif instruction != "EXPOSE":
             raise ValueError(f"{path.name}: {instruction} is not known here")
-    return stages[target or "only"]
+    return stages
 
 
 def _instructions(path: Path) -> list[tuple[str, str]]:
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
     return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in joined.splitlines() if line]
-
-
-def _words(json_list: str) -> list[str]:
-    import json
-
-    return json.loads(json_list)
 
 
 def _substituted(text: str, args: Mapping[str, str]) -> str:

@@ -7,6 +7,7 @@ packages included: what requirements/*.txt leaves out is not there.
 from __future__ import annotations
 
 import io
+import json
 import re
 import shutil
 import signal
@@ -14,6 +15,7 @@ import subprocess
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -173,8 +175,10 @@ def test_the_page_finds_pictures(deployment: Deployment, triton: Running) -> Non
     try:
         assert process.stdout is not None
         assert f":{port}" in process.stdout.readline(), process.communicate()[1]
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
-            assert "图" in answer.read().decode()
+        wait_until_searchable(f"http://127.0.0.1:{port}/healthz")
+        asked = f"http://127.0.0.1:{port}/api/search?limit=3&q={urllib.parse.quote('墨镜')}"
+        with urllib.request.urlopen(asked, timeout=10) as answer:
+            assert json.load(answer)["results"][0]["name"] == "墨镜"
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
@@ -184,9 +188,13 @@ def test_perf_s_command_finds_all_it_imports(deployment: Deployment) -> None:
     """Up to the binary, which the image fetches while it is built."""
     container = deployment.container("perf")
     script = """
-from perf import bench, curves, report, rounds
+import os
+from perf import bench, curves, report, rounds, workload
 curves.check_matplotlib()
 rounds.machine()
+workload.encode_jpeg(next(workload.photographs())[1], (64, 48))
+os.environ["PATH"] = "/nowhere"  # the image has no git
+assert bench._checkout() is None
 """
     ended = container.run(["python3", "-c", script])
     assert ended.returncode == 0, ended.stderr
@@ -208,6 +216,19 @@ def test_sigterm_finishes_what_is_under_way(deployment: Deployment, triton: Runn
         with pytest.raises(ServerUnavailable):
             client.embed_text(["猫"])
     assert "stopped" in "".join(triton.log[-3:])
+
+
+def wait_until_searchable(health: str) -> None:
+    """Until every picture is embedded."""
+    deadline, reason = time.monotonic() + READY_WITHIN_S, b""
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(health, timeout=5):
+                return
+        except urllib.error.HTTPError as error:
+            reason = error.read()
+        time.sleep(0.2)
+    pytest.fail(f"never searchable: {reason!r}")
 
 
 def wait_until_busy(deployment: Deployment) -> None:

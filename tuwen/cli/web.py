@@ -27,7 +27,7 @@ def web(
     url: Url = "localhost:8001",
     start_server: Annotated[bool, typer.Option("--serve", help="Start the embedded server for this page.")] = False,
     repository: Repository = DEFAULT_REPOSITORY,
-    name: Annotated[str | None, typer.Option("--name", help="Which model, where several are served.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Which model, where several are served.")] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0: a free one.")] = 8080,
     allow_host: Annotated[
@@ -55,7 +55,7 @@ def web(
         address = f"http://{shown}:{listener.getsockname()[1]}"
 
         async def until_stopped() -> None:
-            searcher = _searcher(collection, url, name, _vectors_path(cache, images))
+            searcher = _searcher(collection, url, model, _vectors_path(cache, images))
             app = make_app(searcher, allowed_hosts(host, allow_host or []), example or EXAMPLES)
             await run(app, searcher, listener, lambda: print(address, flush=True))
 
@@ -77,13 +77,13 @@ def _collection(images: Path) -> Collection:
     return Collection(gallery(images), list(dict.fromkeys(captions_of(images).values())))
 
 
-def _searcher(collection: Collection, url: str, name: str | None, vectors_path: Path) -> Searcher:
+def _searcher(collection: Collection, url: str, model: str | None, vectors_path: Path) -> Searcher:
     from tuwen_client import AsyncClient
     from tuwen_web.searcher import Searcher
     from tuwen_web.store import VectorStore
 
     def make_client() -> AsyncClient:
-        return AsyncClient(url, name)
+        return AsyncClient(url, model)
 
     return Searcher(collection, make_client, VectorStore(vectors_path), _bar)
 

@@ -18,7 +18,8 @@ from tuwen_web.store import VectorStore, picture_key, text_key
 
 Item = TypeVar("Item")
 
-_SAVE_EVERY_S = 30.0  # a kill loses no more than this
+_SAVE_EVERY_S = 30.0  # a kill loses little more than this
+_SAVE_SHARE = 0.05  # of the time, where writing a large file takes longer
 
 ProgressHook = Callable[[int, int], None]
 RefusedHook = Callable[[str, str], None]
@@ -50,16 +51,19 @@ class _Kept:
     vectors: dict[bytes, Rows]
     saved_at: float
     num_new: int = 0
+    pause_s: float = _SAVE_EVERY_S
 
     async def add(self, key: bytes, row: Rows) -> None:
         self.vectors[key] = row
         self.num_new += 1
-        if time.monotonic() - self.saved_at > _SAVE_EVERY_S:
+        if time.monotonic() - self.saved_at > self.pause_s:
             await self.save()
 
     async def save(self) -> None:
         if self.num_new:
+            began_at = time.monotonic()
             await asyncio.to_thread(self.store.save, self.fingerprint, dict(self.vectors))
+            self.pause_s = max(_SAVE_EVERY_S, (time.monotonic() - began_at) / _SAVE_SHARE)
         self.saved_at = time.monotonic()
 
 

@@ -238,7 +238,7 @@ class Searcher:
 async def _ranked(
     gallery: Gallery, vector: Rows, limit: int, embed_ms: float | None, num_tags: int, is_truncated: bool = False
 ) -> Found:
-    """In a thread: a million pictures take a tenth of a second."""
+    """In a thread: it takes longer the more pictures there are, and others are answered meanwhile."""
     started_at = time.perf_counter()
     matches = await asyncio.to_thread(gallery.nearest, vector, limit)
     tags = gallery.nearest_tags(vector, num_tags) if num_tags else []

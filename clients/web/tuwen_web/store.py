@@ -7,6 +7,7 @@ import logging
 import os
 import zipfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,19 @@ _KEY_BYTES = 16
 def picture_key(picture: Picture) -> bytes:
     """What its vector is kept under: a digest of the bytes; of path, size and time of change for a file."""
     if isinstance(picture.source, bytes):
-        return _digest(b"image", picture.source)
+        return _key_of_bytes(picture.source)
     path = picture.source.absolute()
     try:
         status = path.stat()
     except OSError:  # gone since the folder was listed; embedding it will say so
         return _digest(b"lost", os.fsencode(path))
     return _digest(b"file", f"{status.st_size} {status.st_mtime_ns} ".encode() + os.fsencode(path))
+
+
+@cache
+def _key_of_bytes(content: bytes) -> bytes:
+    """Asked for with every result; the bytes themselves are kept all the time anyway."""
+    return _digest(b"image", content)
 
 
 def text_key(text: str) -> bytes:

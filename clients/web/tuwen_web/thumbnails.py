@@ -20,8 +20,8 @@ Size = Literal["small", "large"]
 MEDIA_TYPE = "image/webp"
 
 _LONGER_SIDE: dict[Size, int] = {"small": 360, "large": 1600}  # small: a tile at twice its size, for sharp displays
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # those the server embeds
-_MAX_PIXELS = 64 * 10**6  # its limit, too
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # those the server embeds
+MAX_PIXELS = 64 * 10**6  # its limit, too
 _CACHE_BYTES = 64 << 20
 _AT_A_TIME = 2  # decoding is the work of one processor each
 _MAX_WAITING = 512  # a few pages of results at the largest limit
@@ -39,6 +39,8 @@ class Thumbnails:
     """Makes them, few at a time, and keeps the last ones."""
 
     def __init__(self) -> None:
+        # GIF and WebP decoders allocate as they open, after Pillow's own check, which allows twice this number.
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
         self._kept: OrderedDict[str, Thumbnail] = OrderedDict()
         self._kept_bytes = 0
         self._turn = asyncio.Semaphore(_AT_A_TIME)
@@ -89,8 +91,8 @@ def _encode(picture: Picture, longer_side: int) -> bytes:
     file = io.BytesIO(picture.source) if isinstance(picture.source, bytes) else picture.source
     out = io.BytesIO()
     try:
-        with Image.open(file, formats=_FORMATS) as opened:
-            if opened.width * opened.height > _MAX_PIXELS:
+        with Image.open(file, formats=FORMATS) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
                 raise Refusal("not_found", f"{picture.name}: too large to be shown")
             opened.draft("RGB", (2 * longer_side, 2 * longer_side))  # a large JPEG is decoded at a fraction of its size
             if opened.mode.startswith("I;16"):  # Pillow would clip it, not scale it
@@ -100,7 +102,9 @@ def _encode(picture: Picture, longer_side: int) -> bytes:
             shown = shown.convert("RGBA" if _has_alpha(shown) else "RGB")
         shown.thumbnail((longer_side, longer_side), Image.Resampling.LANCZOS)
         shown.save(out, "WEBP", quality=82, method=2)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Refusal:
+        raise
+    except Exception as error:  # a decoder may raise anything on a corrupt file
         raise Refusal("not_found", f"{picture.name}: cannot be shown: {error}") from error
     return out.getvalue()
 
