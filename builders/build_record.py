@@ -47,8 +47,11 @@ def sha256(path: Path) -> str:
 
 def checkpoint_record(checkpoint: Path) -> dict[str, str]:
     """Its name and the hash of its weights."""
-    weights = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
-    return {"name": checkpoint.name, "sha256": sha256(weights)}
+    return {"name": checkpoint.name, "sha256": sha256(_weights_of(checkpoint))}
+
+
+def _weights_of(checkpoint: Path) -> Path:
+    return checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
 
 
 def tool_versions(*more: str) -> dict[str, str]:
@@ -88,7 +91,7 @@ def find_current(
     Args:
         name: as given to the build; None stands for the architecture's own, which the record knows.
     """
-    if not checkpoint.exists():
+    if not _weights_of(checkpoint).is_file():  # no checkpoint, which loading it says in a sentence
         return None
     expected = {
         "checkpoint": checkpoint_record(checkpoint),

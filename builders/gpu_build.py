@@ -23,9 +23,10 @@ import numpy.typing as npt
 from builders.build import BuildResult, build, resolve_checkpoint
 from builders.build_record import Place, Record, read_record, sha256, tool_versions
 from builders.cuda_device import compute_capability
+from builders.feeds import Feed
 from builders.half_numerics import first_overflow
-from builders.plan_gate import Feed, PlanParity, PlanPrecision, Run, gate_batches, measure_plan
-from builders.plan_runner import open_plan
+from builders.plan_gate import PlanParity, PlanPrecision, Run, gate_batches, measure_plan
+from builders.plan_runner import open_plan, require_runner
 from builders.quantize import MAX_RECALL_LOSS, Embed, measure_cost, open_embed
 from builders.quantize_dequantize import write_quantized
 from builders.reduced_precision import write_half
@@ -88,7 +89,9 @@ def find_gpu() -> Gpu:
     Raises:
         MissingDependency: either is missing, in a sentence with the way out.
     """
-    return Gpu(capability=compute_capability(), trt=import_tensorrt())
+    capability = compute_capability()
+    require_runner()  # not after minutes of building
+    return Gpu(capability=capability, trt=import_tensorrt())
 
 
 def build_gpu(
@@ -104,6 +107,9 @@ def build_gpu(
 ) -> GpuBuildResult:
     """Build the CPU model where it is not current, then both plans; neither is placed unless both pass the gate.
 
+    Plans are measured against float32, so that the CPU model of this name and version is float32 afterwards; an int8
+    one in its place is replaced.
+
     Args:
         if_changed: build no plans either where those that stand there are what would be made.
     Raises:
@@ -116,7 +122,7 @@ def build_gpu(
     checkpoint = resolve_checkpoint(checkpoint)
     cpu = build(checkpoint, name, repository, model_version, on_stage, "fp32", if_changed=True)
     gpu = find_gpu()
-    _check_precision(precision, gpu.capability)
+    _check_target(precision, gpu.capability, options)
     plan_name, pipeline = gpu.capability.plan_name, pipeline_path(repository, cpu.resolution)
     expected = {kind: _expected_record(cpu.place, kind, precision, gpu, options) for kind in TOWERS}
     if if_changed and pipeline.is_file() and (plans := _current_plans(cpu.place, plan_name, expected)):
@@ -156,10 +162,19 @@ def _build_plans(
     return records
 
 
-def _check_precision(precision: PlanPrecision, capability: ComputeCapability) -> None:
+def _check_target(precision: PlanPrecision, capability: ComputeCapability, options: PlanOptions) -> None:
     first = _FIRST_CAPABILITY.get(precision)
     if first is not None and capability < first:
         raise InvalidInput(f"precision {precision}: needs compute capability {first}, this GPU has {capability}")
+    if capability not in COMPUTE_CAPABILITIES:
+        known = ", ".join(map(str, COMPUTE_CAPABILITIES))
+        raise InvalidInput(
+            f"this GPU has compute capability {capability}, for which configs/gpu.pbtxt names no plan; it knows {known}"
+        )
+    if options.hardware_compatible and capability < AMPERE:
+        raise InvalidInput(f"--hardware-compatible: needs compute capability {AMPERE}, this GPU has {capability}")
+    if options.hardware_compatible and precision == "fp8":
+        raise InvalidInput("--hardware-compatible: not with fp8, which GPUs before 8.9 do not have; take fp16")
 
 
 def pipeline_path(repository: Path, resolution: int) -> Path:

@@ -10,24 +10,20 @@ from __future__ import annotations
 import gc
 import math
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
+from builders.feeds import Feed
 from builders.parity import NUM_REAL, Parity, measure_parity, open_session
 from builders.reduced_precision import DTYPES, FLOAT32, MOVES, load_graph, save_graph
 from builders.towers import TowerKind
 from tuwen.model import ChineseCLIP
 
 MIN_HALF_COSINE = 0.9995
-
-Feed = Mapping[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)

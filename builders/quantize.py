@@ -9,19 +9,18 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
+from builders.feeds import Feed, image_feeds, text_feeds
 from builders.parity import open_session
 from builders.towers import SAMPLES_DIR, TOWERS, ExportFailed, TowerKind
-from tuwen.data.pairs import PairSet, TextRecord, open_pairs
-from tuwen.image_transform import preprocess_image
+from tuwen.data.pairs import open_pairs
 from tuwen.retrieval import recall_at_k
-from tuwen.tokenizer import default_tokenizer, normalize_text, pack_rows
+from tuwen.tokenizer import normalize_text
 
 MIN_COSINE = 0.999
 MAX_RECALL_LOSS = 0.005
@@ -31,7 +30,7 @@ MAX_GATE_IMAGES = 640
 _BATCH_SIZE = 32
 
 Embeds = npt.NDArray[np.float32]
-Embed = Callable[[dict[str, npt.NDArray[Any]]], Embeds]
+Embed = Callable[[Feed], Embeds]
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,10 @@ def measure_cost(
     step = -(-len(pairs.image_ids) // MAX_GATE_IMAGES)
     image_ids = list(pairs.image_ids)[::step]
     texts = [record for record in pairs.texts if set(record.image_ids) & set(image_ids)]
-    feeds = {"image": _image_feeds(pairs, image_ids, resolution), "text": _text_feeds(texts, context_length)}
+    feeds: dict[TowerKind, Iterator[Feed]] = {
+        "image": image_feeds((pairs.image_bytes(one) for one in image_ids), resolution, _BATCH_SIZE),
+        "text": text_feeds((normalize_text(record.text) for record in texts), context_length, _BATCH_SIZE),
+    }
     embeds = {kind: _embed_with_both(feeds[kind], fp32[kind], int8[kind]) for kind in TOWERS}
     relevant = np.array([[one in record.image_ids for one in image_ids] for record in texts])
     recalls = [recall_at_k(embeds["text"][which] @ embeds["image"][which].T, relevant, RECALL_K) for which in range(2)]
@@ -112,27 +114,14 @@ def open_embed(onnx_path: Path, optimise: bool = True) -> Embed:
     session = open_session(onnx_path, optimise)
     name = session.get_outputs()[0].name
 
-    def embed(feed: dict[str, npt.NDArray[Any]]) -> Embeds:
+    def embed(feed: Feed) -> Embeds:
         embeds: Embeds = session.run([name], feed)[0]
         return embeds
 
     return embed
 
 
-def _embed_with_both(feeds: Iterator[dict[str, npt.NDArray[Any]]], *embeds: Embed) -> tuple[Embeds, ...]:
+def _embed_with_both(feeds: Iterator[Feed], *embeds: Embed) -> tuple[Embeds, ...]:
     """(N, D) of each, over the same input."""
     rows = [[embed(feed) for embed in embeds] for feed in feeds]
     return tuple(np.concatenate(batches) for batches in zip(*rows, strict=True))
-
-
-def _image_feeds(pairs: PairSet, image_ids: list[int], resolution: int) -> Iterator[dict[str, npt.NDArray[Any]]]:
-    for start in range(0, len(image_ids), _BATCH_SIZE):
-        some = image_ids[start : start + _BATCH_SIZE]
-        yield {"pixel_values": np.stack([preprocess_image(pairs.image_bytes(one), resolution) for one in some])}
-
-
-def _text_feeds(texts: list[TextRecord], context_length: int) -> Iterator[dict[str, npt.NDArray[Any]]]:
-    tokenizer = default_tokenizer()
-    for start in range(0, len(texts), _BATCH_SIZE):
-        some = texts[start : start + _BATCH_SIZE]
-        yield dict(pack_rows([tokenizer.encode_ids(normalize_text(each.text), context_length) for each in some]))

@@ -12,24 +12,20 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Literal, get_args
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from builders.half_numerics import Feed
+from builders.feeds import Feed, image_feeds, text_feeds
 from builders.parity import open_session
 from builders.reduced_precision import cast_graph, check_types, half_nodes, load_graph, save_graph
-from builders.towers import SAMPLES_DIR, ExportFailed, TowerKind
-from tuwen.data.pairs import open_pairs
-from tuwen.image_transform import preprocess_image
+from builders.towers import SAMPLES_DIR, ExportFailed, TowerKind, sample_captions, sample_pictures
 from tuwen.specs import ModelSpec
-from tuwen.tokenizer import default_tokenizer, normalize_text, pack_rows
 
 QuantizedType = Literal["int8", "fp8"]
-_Item = TypeVar("_Item")
 
 QUANTIZED_OPSET = 19  # the first whose QuantizeLinear takes float16 and fp8
 NUM_CALIBRATION_ITEMS = 128
@@ -94,22 +90,11 @@ def calibration_feeds(
     spec: ModelSpec, kind: TowerKind, folder: Path = SAMPLES_DIR, split: str = "valid"
 ) -> Iterator[Feed]:
     """Pictures or captions of a set of pairs, by default of Emoji-CN's sample, spread over all of it."""
-    pairs = open_pairs(folder, split)
     if kind == "image":
-        ids = _spread(list(pairs.image_ids))
-        for start in range(0, len(ids), _BATCH_SIZE):
-            some = [pairs.image_bytes(one) for one in ids[start : start + _BATCH_SIZE]]
-            yield {"pixel_values": np.stack([preprocess_image(each, spec.vision.resolution) for each in some])}
-        return
-    longest = min(spec.context_length, spec.text.max_positions)
-    texts = [normalize_text(record.text) for record in _spread(list(pairs.texts))]
-    for start in range(0, len(texts), _BATCH_SIZE):
-        some_texts = texts[start : start + _BATCH_SIZE]
-        yield dict(pack_rows([default_tokenizer().encode_ids(text, longest) for text in some_texts]))
-
-
-def _spread(items: list[_Item]) -> list[_Item]:
-    return items[:: max(1, len(items) // NUM_CALIBRATION_ITEMS)][:NUM_CALIBRATION_ITEMS]
+        pictures = sample_pictures(NUM_CALIBRATION_ITEMS, folder, split)
+        return image_feeds(pictures, spec.vision.resolution, _BATCH_SIZE)
+    captions = sample_captions(NUM_CALIBRATION_ITEMS, folder, split)
+    return text_feeds(captions, min(spec.context_length, spec.text.max_positions), _BATCH_SIZE)
 
 
 def _weighted_products(graph: gs.Graph, half: set[str]) -> list[gs.Node]:

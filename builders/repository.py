@@ -1,4 +1,5 @@
-"""Render the model repository: which folder holds which config.pbtxt, and is what is committed still true?
+"""The model repository as builders see it: which folder holds which config.pbtxt, is what is committed still true, and
+who builds.
 
 tuwen render            write the configs that are committed
 tuwen render --check    say which of them differ, and exit 1
@@ -70,15 +71,16 @@ def rendered_files(spec: ModelSpec, name: str) -> dict[Path, str]:
 def lone_build(repository: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     """One build of a repository at a time, whoever starts it: another would take away the plans beside the ONNX file it
     replaces, and find current what is about to change. `on_wait` hears that another is under way."""
-    if not repository.is_dir():  # the first of all; nothing is left where it fails before it makes anything
-        yield
-        return
+    is_first = not repository.is_dir()
+    repository.mkdir(parents=True, exist_ok=True)
     path = repository / ".build.lock"
     with _locked(path, on_wait):
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
+            if is_first and not any(repository.iterdir()):  # what failed before it made anything leaves nothing
+                repository.rmdir()
 
 
 @contextmanager

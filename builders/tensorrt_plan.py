@@ -25,7 +25,7 @@ from tuwen.specs import ModelSpec
 USUAL_BATCH, USUAL_TOKENS, USUAL_LONGEST = 8, 9, 16
 # Scratch memory a kernel may ask for while it is timed; a plan that needs more is worth nothing on a card of 8 GB.
 WORKSPACE_BYTES = 4 << 30
-INSTALL = "pip install 'tensorrt>=10.9,<12' 'polygraphy>=0.50'"
+INSTALL = "pip install --editable '.[gpu,tensorrt]', with TensorRT in the version of your Triton"
 
 
 class PlanFailed(TuwenError):
@@ -141,7 +141,7 @@ def build_plan(
     Raises:
         PlanFailed: the parser or the builder refuses; its own words are quoted.
     """
-    log = _make_log(trt)
+    log = make_log(trt)
     builder = trt.Builder(log)
     if builder is None:
         raise PlanFailed(f"TensorRT cannot start: {log.reason()}")
@@ -215,7 +215,7 @@ def _save_timing_cache(config: Any, path: Path) -> None:
             temporary.write_bytes(memoryview(cache.serialize()))
 
 
-def _make_log(trt: ModuleType) -> Any:
+def make_log(trt: ModuleType) -> Any:
     """A logger that keeps what TensorRT says of errors, for the sentence that the user gets."""
 
     class _Log(trt.ILogger):  # type: ignore[name-defined, misc]

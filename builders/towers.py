@@ -20,14 +20,14 @@ class ExportFailed(TuwenError):
     """A tower could not be exported, or the export does not compute what PyTorch computes."""
 
 
-def sample_pictures(number: int) -> list[bytes]:
-    """That many picture files, spread over the set."""
-    pairs = open_pairs(SAMPLES_DIR, "valid")
+def sample_pictures(number: int, folder: Path = SAMPLES_DIR, split: str = "valid") -> list[bytes]:
+    """That many picture files, spread over a set of pairs."""
+    pairs = open_pairs(folder, split)
     step = max(len(pairs.image_ids) // number, 1)
     return [pairs.image_bytes(one) for one in list(pairs.image_ids)[::step][:number]]
 
 
-def sample_captions(number: int) -> list[str]:
-    """That many captions, normalised as in training, spread over the set."""
-    texts = open_pairs(SAMPLES_DIR, "valid").texts
+def sample_captions(number: int, folder: Path = SAMPLES_DIR, split: str = "valid") -> list[str]:
+    """That many captions, normalised as in training, spread over a set of pairs."""
+    texts = open_pairs(folder, split).texts
     return [normalize_text(record.text) for record in texts[:: max(len(texts) // number, 1)]][:number]

@@ -42,7 +42,6 @@ Precision = Literal["fp32", "fp16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 _MB = 1e6
 _NAME = "tensorrt_check"
-# Tiny-RN has 96 and 16 channels where the others have hundreds; fingerprint and scale are of no concern here.
 _FINGERPRINT = 1
 
 P = ParamSpec("P")

@@ -19,7 +19,8 @@ from typing import get_args
 import torch
 from torch import nn
 
-from builders.half_numerics import MIN_HALF_COSINE, Activation, Feed, measure_activations, measure_half_parity
+from builders.feeds import Feed
+from builders.half_numerics import MIN_HALF_COSINE, Activation, measure_activations, measure_half_parity
 from builders.onnx_export import export_tower
 from builders.parity import Parity, tower_batches
 from builders.reduced_precision import HalfType, write_half

@@ -9,6 +9,7 @@ its embeddings are to PyTorch's, over real captions and pictures.
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import time
@@ -26,6 +27,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 import torch
 
+from builders.build_record import tool_versions
 from builders.configs import MAX_BATCH_SIZE
 from builders.cuda_device import compute_capability
 from builders.onnx_export import export_tower
@@ -34,7 +36,7 @@ from builders.plan_runner import open_plan
 from builders.quantize import quantize_tower
 from builders.reduced_precision import write_half
 from builders.tensorrt_plan import PlanOptions, build_plan, import_tensorrt, profile_shapes
-from builders.towers import SAMPLES_DIR, TOWERS, TowerKind
+from builders.towers import SAMPLES_DIR, TOWERS, TowerKind, sample_captions, sample_pictures
 from perf.rounds import alternate, machine, medians
 from tuwen.checkpoint import load_checkpoint
 from tuwen.data.pairs import open_pairs
@@ -44,7 +46,9 @@ from tuwen.fingerprint import model_fingerprint
 from tuwen.image_transform import preprocess_image
 from tuwen.model import ChineseCLIP
 from tuwen.specs import CLS_ID, SEP_ID, ModelSpec, get_spec
-from tuwen.tokenizer import default_tokenizer, normalize_text, pack_rows, pad_rows
+from tuwen.tokenizer import default_tokenizer, pack_rows, pad_rows
+
+log = logging.getLogger(__name__)
 
 CACHE_DIR = Path(__file__).parents[1] / ".cache" / "bench" / "towers"
 PYTORCH = "PyTorch"
@@ -202,17 +206,27 @@ def open_plans(folder: Path, kind: TowerKind, spec: ModelSpec, opened: ExitStack
         PlanFailed: TensorRT refuses the tower.
     """
     try:
-        capability, trt = compute_capability(), import_tensorrt()
+        capability = compute_capability()
     except MissingDependency:
         return {}
-    if not (folder / "fp16.onnx").exists():
-        write_half(folder / "fp32.onnx", folder / "fp16.onnx", "fp16")
-    runs = {}
-    for precision in ("fp32", "fp16"):
+    try:
+        trt = import_tensorrt()
+    except MissingDependency as error:  # a GPU without it is worth a word
+        log.warning("no TensorRT beside the others: %s", error)
+        return {}
+    half_dir = folder / "fp16"
+    if not half_dir.exists():
+        with tempfile.TemporaryDirectory(prefix=".fp16-", dir=folder) as name:
+            staging = Path(name, "fp16")
+            staging.mkdir()
+            write_half(folder / "fp32.onnx", staging / "fp16.onnx", "fp16")
+            replace_folder(staging, half_dir)
+    runs, paths = {}, {"fp32": folder / "fp32.onnx", "fp16": half_dir / "fp16.onnx"}
+    for precision, path in paths.items():
         plan = folder / f"{precision}-{trt.__version__}-{capability.sm}.plan"
         if not plan.exists():
             with atomic_path(plan) as temporary:
-                build_plan(trt, folder / f"{precision}.onnx", temporary, profile_shapes(spec, kind), PlanOptions())
+                build_plan(trt, path, temporary, profile_shapes(spec, kind), PlanOptions())
         runs[f"TensorRT {precision}"] = opened.enter_context(open_plan(trt, plan))
     return runs
 
@@ -223,7 +237,8 @@ def build_onnx(model: ChineseCLIP, kind: TowerKind, cache_dir: Path, on_stage: C
     int8 is not put through the builder's gate of recall, which says nothing about random weights: parity is shown.
     """
     fingerprint = model_fingerprint(model.spec, model.state_dict())
-    target = cache_dir / f"{model.spec.slug}-{fingerprint:016x}-torch{torch.__version__}" / kind
+    made_by = f"torch{torch.__version__}-{tool_versions()['source']}"  # the exporter's source too
+    target = cache_dir / f"{model.spec.slug}-{fingerprint:016x}-{made_by}" / kind
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -308,13 +323,10 @@ def _measure_parity(kind: TowerKind, sides: Mapping[str, Side], items: Any) -> l
 
 def _real_items(model: ChineseCLIP, kind: TowerKind, longest: int) -> Any:
     """Emoji-CN's captions of all lengths as token ids, or its pictures as pixel_values (N, 3, R, R)."""
-    pairs = open_pairs(SAMPLES_DIR, "valid")
     if kind == "text":
-        texts = pairs.texts[:: len(pairs.texts) // NUM_PARITY_ITEMS][:NUM_PARITY_ITEMS]
-        return [default_tokenizer().encode_ids(normalize_text(record.text), longest) for record in texts]
-    image_ids = list(pairs.image_ids)[:: len(pairs.image_ids) // NUM_PARITY_ITEMS][:NUM_PARITY_ITEMS]
+        return [default_tokenizer().encode_ids(caption, longest) for caption in sample_captions(NUM_PARITY_ITEMS)]
     resolution = model.spec.vision.resolution
-    return np.stack([preprocess_image(pairs.image_bytes(one), resolution) for one in image_ids])
+    return np.stack([preprocess_image(each, resolution) for each in sample_pictures(NUM_PARITY_ITEMS)])
 
 
 def _items(model: ChineseCLIP, kind: TowerKind, batch: int, length: int | None) -> Any:

@@ -11,7 +11,8 @@ import pytest
 
 from builders.gpu_build import Gpu
 from builders.half_numerics import write_twin
-from builders.plan_gate import Run, open_onnx
+from builders.parity import open_session
+from builders.plan_gate import Run
 from builders.tensorrt_plan import ComputeCapability
 
 AMPERE_86 = ComputeCapability(8, 6)
@@ -20,6 +21,13 @@ AMPERE_86 = ComputeCapability(8, 6)
 def tensorrt_rtx() -> ModuleType:
     """The module, or a skip that says how to have it."""
     return pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: make .venv/.tensorrt")
+
+
+def open_onnx(onnx_path: Path) -> Run:
+    """Something that runs a feed: the file on ONNX Runtime."""
+    session = open_session(onnx_path)
+    names = [tensor.name for tensor in session.get_outputs()]
+    return lambda feed: dict(zip(names, session.run(names, feed), strict=True))
 
 
 @contextmanager

@@ -20,11 +20,12 @@ from typer.testing import CliRunner
 
 from builders.build import build
 from builders.build_record import find_current
+from builders.feeds import Feed
 from builders.gpu_build import Gpu, GpuBuildResult, build_gpu, pipeline_path
-from builders.plan_gate import Feed, PlanPrecision, Run, gate_batches, measure_plan, open_onnx
+from builders.plan_gate import PlanPrecision, Run, gate_batches, measure_plan
 from builders.tensorrt_plan import ComputeCapability, PlanFailed, PlanOptions
 from builders.towers import TOWERS
-from tests.builders.gpu import absent_gpu, run_reduced_onnx
+from tests.builders.gpu import absent_gpu, open_onnx, run_reduced_onnx
 from tests.conftest import SMALL_SPECS, random_model
 from tuwen.checkpoint import load_checkpoint, save_checkpoint
 from tuwen.cli import app
@@ -134,7 +135,7 @@ def test_another_precision_is_another_plan(built: Path, precision: PlanPrecision
     after = tree(built / "served")
     changed = {path for path in after if after[path] != before.get(path)}
     files = {f"small_vit_{kind}_tower/1/model_sm86.{suffix}" for kind in TOWERS for suffix in ("plan", "json")}
-    assert files <= changed | {path for path in files if path.endswith(".plan")}
+    assert files <= changed
     assert {path for path in changed if path.endswith(".onnx")} == set()
     assert all(record["precision"] == precision for record in result.plans.values())
 
@@ -212,6 +213,17 @@ def test_a_plan_of_other_weights_is_noticed(built: Path, model: ChineseCLIP) -> 
         measure_plan(other, onnx_path, "text", "fp16", gate_batches(model, "text"))
 
 
+def test_a_scale_that_is_no_number_is_noticed(built: Path, model: ChineseCLIP) -> None:
+    onnx_path = tower_dir(built, "text") / "model.onnx"
+    run = open_onnx(onnx_path)
+
+    def broken(feed: Feed) -> Feed:
+        return run(feed) | {"logit_scale": run(feed)["logit_scale"] * np.float32("nan")}
+
+    with pytest.raises(PlanFailed, match=r"^text tower in fp16: logit_scale nan, expected "):
+        measure_plan(broken, onnx_path, "text", "fp16", gate_batches(model, "text"))
+
+
 @pytest.mark.parametrize("kind", TOWERS)
 def test_the_gate_feeds_single_items_and_a_full_batch(model: ChineseCLIP, kind: str) -> None:
     """The batch is of real items, in order, and of as many as the server ever joins."""
@@ -242,6 +254,31 @@ def test_a_precision_the_gpu_lacks_is_refused(built: Path) -> None:
     turing = replace(absent_gpu(), capability=ComputeCapability(7, 5))
     with pytest.raises(InvalidInput, match=r"^precision bf16: needs compute capability 8\.0, this GPU has 7\.5$"):
         build_here(built, turing, precision="bf16")
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "hardware_compatible", "reason"),
+    [
+        ((8, 7), "fp16", False, r"^this GPU has compute capability 8\.7, for which configs/gpu\.pbtxt names no plan"),
+        ((7, 5), "fp16", True, r"^--hardware-compatible: needs compute capability 8\.0, this GPU has 7\.5$"),
+        ((8, 9), "fp8", True, r"^--hardware-compatible: not with fp8"),
+    ],
+)
+def test_a_plan_that_would_never_be_loaded_is_refused(
+    built: Path, capability: tuple[int, int], precision: PlanPrecision, hardware_compatible: bool, reason: str
+) -> None:
+    before = tree(built / "served")
+    gpu = replace(absent_gpu(), capability=ComputeCapability(*capability))
+    with pytest.raises(InvalidInput, match=reason):
+        build_here(built, gpu, precision=precision, hardware_compatible=hardware_compatible)
+    assert tree(built / "served") == before
+
+
+def test_a_folder_without_weights_is_a_sentence(built: Path) -> None:
+    """Also where it is asked first whether anything has changed."""
+    (built / "model" / "model.safetensors").unlink()
+    with pytest.raises(InvalidInput, match=r"not a checkpoint folder, model\.safetensors is missing$"):
+        build_here(built, if_changed=True)
 
 
 def test_a_missing_tensorrt_leaves_the_cpu_model(built: Path) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from builders.cuda_device import compute_capability
-from builders.gpu_build import build_gpu
+from builders.gpu_build import _FIRST_CAPABILITY, build_gpu
 from builders.plan_gate import MIN_COSINE, PlanPrecision
 from builders.plan_runner import open_plan
 from builders.tensorrt_plan import import_tensorrt
 from builders.towers import TOWERS
 from tuwen.errors import MissingDependency
 from tuwen.tokenizer import pack_rows
+
+pytestmark = pytest.mark.gpu
 
 SAMPLE = Path(__file__).parents[2] / "samples" / "emoji_tiny"
 
@@ -26,8 +29,10 @@ def _gpu() -> None:
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("precision", ["fp16", "fp32", "int8"])
+@pytest.mark.parametrize("precision", get_args(PlanPrecision))
 def test_the_samples_plans_pass_the_gate(tmp_path: Path, precision: PlanPrecision) -> None:
+    if compute_capability() < _FIRST_CAPABILITY.get(precision, compute_capability()):
+        pytest.skip(f"this GPU has no {precision}")
     result = build_gpu(SAMPLE, None, tmp_path / "served", precision=precision)
     for kind in TOWERS:
         assert result.parity(kind).min_cosine >= MIN_COSINE[precision]

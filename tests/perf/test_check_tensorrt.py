@@ -9,10 +9,22 @@ from pathlib import Path
 
 import pytest
 
+from builders.towers import TOWERS
 from perf import check_tensorrt
-from perf.check_tensorrt import PRECISIONS, TARGETS, TowerCheck, check_tower, main, read_rows, write_report
+from perf.check_tensorrt import (
+    ARCHITECTURES,
+    PRECISIONS,
+    TARGETS,
+    TowerCheck,
+    check_tower,
+    main,
+    read_rows,
+    to_markdown,
+    write_report,
+)
 from tuwen.errors import TuwenError
 
+DOCS = Path(__file__).parents[2] / "docs"
 FINE = TowerCheck("Tiny-RN", "text", "fp32", 116, ("Add",), 337, {one.sm: 0.3 for one in TARGETS}, 12.1, 0.6)
 FAILED = TowerCheck("RN50", "image", "fp16", error="image.onnx: TensorRT cannot read it")
 
@@ -56,3 +68,13 @@ def test_a_run_keeps_the_rows_of_other_architectures_and_fails_on_a_refusal(
     assert "| Tiny-RN | text | fp32 | 116 | 337 | 0.3 / 0.3 / 0.3 | 12.1 | 0.6 |" in told.out
     assert told.err.count("RN50 image fp16: image.onnx") == 2
     assert set(json.loads((tmp_path / "tensorrt_check.json").read_text(encoding="utf-8"))) == {"tools", "rows"}
+
+
+def test_the_page_shows_every_tower_of_every_architecture_built() -> None:
+    rows = read_rows(DOCS / "tensorrt_check.json")
+    assert [row for row in rows if row.error] == []
+    assert {(row.architecture, row.tower, row.precision) for row in rows} == {
+        (name, kind, precision) for name in ARCHITECTURES for kind in TOWERS for precision in PRECISIONS
+    }
+    tools = json.loads((DOCS / "tensorrt_check.json").read_text(encoding="utf-8"))["tools"]
+    assert to_markdown(rows, tools) in (DOCS / "tensorrt_check.md").read_text(encoding="utf-8")
