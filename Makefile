@@ -57,7 +57,7 @@ test: lint
 test-slow: .venv/.dev
 	$(BIN)/pytest -m slow
 
-# Every tower of every architecture through TensorRT's parser and builder, for GPUs that are not there: some five
+# Every tower of every architecture through TensorRT's parser and builder, for GPUs that are not there: some twelve
 # minutes on two cores, 12 GB of memory. Writes docs/tensorrt_check.md; a tower that is refused fails it.
 check-tensorrt: .venv/.tensorrt
 	$(BIN)/python -m perf.check_tensorrt
