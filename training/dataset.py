@@ -20,10 +20,11 @@ from torch import Tensor
 
 from training.batch import Batch, InputIds, Positives, Share, share_of
 from training.order import EpochOrder, Order, deal_distinct, torch_generator
-from training.pixels import Augmentation, Picture, PictureMemory, decode_pixels, to_batch
+from training.pixels import Augmentation, Picture, PictureMemory, to_batch
 from training.recipe import DataSection
 from training.sources import PairTable, WeightedPairs
 from tuwen.errors import InvalidInput
+from tuwen.image_transform import read_drafted
 from tuwen.specs import CLS_ID, SEP_ID
 from tuwen.tokenizer import default_tokenizer
 
@@ -200,7 +201,7 @@ class IndexedBatches:
         if (kept := self._memory.pixels(picture)) is not None:
             return kept
         try:
-            pixels = decode_pixels(self.table.encoded(picture), self.resolution)
+            pixels = read_drafted(self.table.encoded(picture), self.resolution)
         except InvalidInput as error:
             if self._memory.is_first_failure(picture):
                 name, image_id = self.table.source_of(picture).name, self.table.image_ids[picture]

@@ -1,6 +1,6 @@
-"""Encoded pictures -> a batch's pixels; a picture that cannot be read leaves a grey row and no error.
+"""Pictures -> a batch's pixels; one that cannot be read leaves a grey row and no error.
 
-pixels, is_readable = to_batch([decode_pixels(encoded, 224), None], 2, 224, None, generator)
+pixels, is_readable = to_batch([read_drafted(encoded, 224), None], 2, 224, None, generator)
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from tuwen.errors import InvalidInput
-from tuwen.image_transform import decode_drafted, resize_image
 
 # (pixels float32 (b, 3, R, R) in [0, 1], generator) -> the same, changed.
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
@@ -25,16 +24,6 @@ _GREY = 128
 # Pictures in float32 at a time, while they are augmented. A constant: what is drawn for a picture depends on it.
 _AUGMENTED_TOGETHER = 128
 _KEPT, _UNREADABLE = 1, 2
-
-
-def decode_pixels(encoded: bytes, resolution: int) -> Picture:
-    """uint8 (R, R, 3) as `tuwen.image_transform` makes them before normalising; a large JPEG is decoded at a fraction.
-
-    Raises:
-        InvalidInput: it cannot be decoded; the sentence says why.
-    """
-    image, box = decode_drafted(encoded, resolution)
-    return resize_image(image, resolution, box)
 
 
 def to_batch(

@@ -25,11 +25,12 @@ import torch
 from training.batch import Batch, InputIds, Keys
 from training.dataset import check_batch_size, drop_words, encode_caption
 from training.order import Order, shuffled, stable_hash, torch_generator
-from training.pixels import Augmentation, Picture, decode_pixels, to_batch
+from training.pixels import Augmentation, Picture, to_batch
 from training.recipe import DataSection
 from training.sources import caption_key
 from tuwen.data.shards import MAX_LINE_BYTES, ensure_index, find_shards, parse_line, read_index
 from tuwen.errors import InvalidInput
+from tuwen.image_transform import read_drafted
 from tuwen.specs import CLS_ID, SEP_ID
 
 log = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ class ShardBatches:
 
     def _pixels(self, encoded: bytes, index: int, where: str) -> Picture | None:
         try:
-            return decode_pixels(encoded, self.resolution)
+            return read_drafted(encoded, self.resolution)
         except InvalidInput as error:
             self._warn(index, f"{where}: {error}")
             return None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from PIL import Image
 
-from tuwen.image_transform import decode_drafted, open_image, refusals, resize_image
+from tuwen.image_transform import open_image, read_drafted, refusals
 
 # A batch of 32 then takes 1.6 GB of a GPU's memory at most; what is larger is drafted here, which is fast.
 MAX_PASSED_PIXELS = 2**24
@@ -35,8 +35,7 @@ def guard_image(encoded: bytes, resolution: int) -> bytes:
             image.draft(None, (1, 1))
             image.load()
             return encoded
-    decoded, box = decode_drafted(encoded, resolution)
-    return b"P6 %d %d 255\n" % (resolution, resolution) + resize_image(decoded, resolution, box).tobytes()
+    return b"P6 %d %d 255\n" % (resolution, resolution) + read_drafted(encoded, resolution).tobytes()
 
 
 def _is_ordinary_jpeg(image: Image.Image, encoded: bytes) -> bool:

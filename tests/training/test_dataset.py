@@ -500,7 +500,7 @@ def test_the_cache_saves_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
         decoded.append(encoded)
         return resize_image(decode_image(encoded), resolution)
 
-    monkeypatch.setattr("training.dataset.decode_pixels", counting)
+    monkeypatch.setattr("training.dataset.read_drafted", counting)
     for cache_decoded, expected in ((True, 20), (False, 40)):
         decoded.clear()
         batches = batches_of(shape_pairs(), 20, cache_decoded=cache_decoded)
@@ -516,7 +516,7 @@ def test_the_cache_is_shared_with_forked_processes(monkeypatch: pytest.MonkeyPat
     worker.start()
     worker.join(60)
     assert worker.exitcode == 0
-    monkeypatch.setattr("training.dataset.decode_pixels", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr("training.dataset.read_drafted", lambda *_: pytest.fail("decoded again"))
     assert batches.batch(1, 0).is_readable.all()
 
 
