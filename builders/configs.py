@@ -25,6 +25,8 @@ _QUEUE_BOUNDS = tuple(
     for name, numbers in (("max_queue_size", MAX_QUEUE_SIZE), ("max_wait_s", MAX_WAIT_S))
     for priority, number in numbers.items()
 )
+# Of the embedded server's backend: a number, or "cores".
+BATCHES_AT_ONCE = "batches_at_once"
 Device = Literal["cpu", "gpu"]  # that an instance runs on
 _HEADER = """\
 # Rendered by `tuwen render` from tuwen/specs.py and builders/configs.py; `make test` fails when they differ.
@@ -217,7 +219,8 @@ def text_tower(spec: ModelSpec, name: str) -> Model:
         backend="onnxruntime",
         inputs=(_PACKED_INPUT_IDS,),
         outputs=_text_tower_outputs(spec),
-        parameters=_QUEUE_BOUNDS,
+        # Pictures have as much to compute that threads may as well share it.
+        parameters=(*_QUEUE_BOUNDS, (BATCHES_AT_ONCE, "cores")),
         # The texts of a batch are laid end to end, so that nobody pays for padding.
         batch_inputs=(
             ("text_offsets", "BATCH_ACCUMULATED_ELEMENT_COUNT_WITH_ZERO"),
@@ -225,7 +228,8 @@ def text_tower(spec: ModelSpec, name: str) -> Model:
         ),
         warmup=((9,), (CONTEXT_LENGTH,)),
         purpose=f"{spec.name}: input_ids -> text_embeds of unit length, the model's fingerprint and its logit_scale.",
-        change=_TOWER_CHANGE,
+        change="Change here: the queue's bounds; batches_at_once (1: the weights once); instance_group; "
+        "intra_op_thread_count.",
     )
 
 
@@ -239,11 +243,8 @@ def image_tower(spec: ModelSpec, name: str) -> Model:
         parameters=_QUEUE_BOUNDS,
         warmup=(pixel_values.dims,),
         purpose=f"{spec.name}: pixel_values -> image_embeds of unit length, and the model's fingerprint.",
-        change=_TOWER_CHANGE,
+        change="Change here: the queue's bounds; instance_group, each with the weights; intra_op_thread_count.",
     )
-
-
-_TOWER_CHANGE = "Change here: the queue's bounds; instance_group, each with the weights; intra_op_thread_count."
 
 
 def cached_text_ensemble(spec: ModelSpec, name: str) -> Ensemble:

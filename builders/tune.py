@@ -1,4 +1,4 @@
-"""How many instances of a tower, of how many threads each, and how many decoders suit this machine? Measured.
+"""How many instances of a tower, threads and batches at once, and how many decoders suit this machine? Measured.
 
 tuwen build --checkpoint samples/emoji_tiny --tune
 
@@ -28,6 +28,7 @@ from google.protobuf import text_format
 from PIL import Image
 from tritonclient.grpc import model_config_pb2 as pb
 
+from builders.configs import BATCHES_AT_ONCE
 from builders.towers import SAMPLES_DIR, TOWERS, TowerKind
 from tuwen.data.pairs import open_pairs
 from tuwen.files import write_text
@@ -47,14 +48,25 @@ _CALLERS = 16
 _ALONE = 5
 _ROUND_S = 4.0
 _PHOTOGRAPH = (640, 480)
+_CHANGED = "instance_group, intra_op_thread_count, batches_at_once"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Instances of a tower, and intra_op_thread_count of each."""
+    """Instances of a tower, and of each intra_op_thread_count and batches_at_once."""
 
     instances: int
     threads: int
+    at_once: int = 1
+
+    @property
+    def copies(self) -> int:
+        """Of the weights in memory."""
+        return self.instances * min(self.at_once, 2)
+
+    def describe(self) -> str:
+        at_once = f", {self.at_once} batches at once" if self.at_once > 1 else ""
+        return f"{self.instances} x {self.threads} threads{at_once}"
 
 
 @dataclass(frozen=True)
@@ -66,26 +78,25 @@ class Measured:
     alone_ms: float
 
     def describe(self) -> str:
-        instances, threads = self.candidate.instances, self.candidate.threads
-        return f"{instances} x {threads} threads: {self.items_per_s:.1f}/s, alone {self.alone_ms:.1f} ms"
+        return f"{self.candidate.describe()}: {self.items_per_s:.1f}/s, alone {self.alone_ms:.1f} ms"
 
 
 def candidates(num_cores: int) -> list[Candidate]:
-    """Ways to share the cores among instances; and two instances that both use them all.
+    """Ways to share the cores among batches, and among instances; and two instances that both use them all.
 
     Of the latter one computes while the other takes its next batch, or waits for a core that something else has.
     """
     shared = [Candidate(n, num_cores // n) for n in range(1, min(num_cores, MAX_INSTANCES) + 1) if num_cores % n == 0]
-    return list(dict.fromkeys([shared[0], Candidate(2, num_cores), *shared[1:]]))
+    return list(dict.fromkeys([shared[0], Candidate(1, num_cores, num_cores), Candidate(2, num_cores), *shared[1:]]))
 
 
 def choose(measured: Sequence[Measured]) -> Measured:
-    """The highest throughput among those that answer a lone request in nearly the best time; of equals the fewest."""
+    """The highest throughput of those that answer a lone request in nearly the best time; of equals the smallest."""
     fastest_alone = min(each.alone_ms for each in measured)
     eligible = [each for each in measured if each.alone_ms <= MAX_SLOWER_ALONE * fastest_alone]
     best = max(each.items_per_s for each in eligible)
     good = [each for each in eligible if MIN_GAIN * each.items_per_s >= best]
-    return min(good, key=lambda each: (each.candidate.instances, -each.items_per_s))
+    return min(good, key=lambda each: (each.candidate.copies, -each.items_per_s))
 
 
 def tune(
@@ -111,7 +122,7 @@ def tune(
         rounds: dict[Candidate, list[tuple[float, float]]] = {way: [] for way in ways}
         for number in range(PASSES):
             for way in ways:
-                on_stage(f"tuning the {kind} tower: {way.instances} x {way.threads} threads, {number + 1} of {PASSES}")
+                on_stage(f"tuning the {kind} tower: {way.describe()}, {number + 1} of {PASSES}")
                 rounds[way].append(_measure(repository, name, kind, resolution, way, photograph))
         measured = [Measured(way, *map(statistics.median, zip(*found, strict=True))) for way, found in rounds.items()]
         chosen = choose(measured)
@@ -119,7 +130,7 @@ def tune(
         notes = [each.describe() for each in measured]
         model_dir = repository / f"{name}_{kind}_tower"
         config = _configured(model_dir / "config.pbtxt", chosen.candidate)
-        written.append(_write(model_dir, config, "instance_group, intra_op_thread_count", notes))
+        written.append(_write(model_dir, config, _CHANGED, notes))
     on_stage("tuning the decoders")
     decode_ms = _decode_ms(photograph, resolution)
     # As many as keep the tower busy, and one more, so that decoding is never what is waited for.
@@ -229,10 +240,11 @@ def _read(path: Path) -> pb.ModelConfig:
 
 
 def _configured(path: Path, way: Candidate) -> pb.ModelConfig:
-    """The config with the instances and threads of a candidate."""
+    """The config with a candidate's instances, threads and batches at once."""
     config = _read(path)
     config.instance_group[0].count = way.instances
     config.parameters["intra_op_thread_count"].string_value = str(way.threads)
+    config.parameters[BATCHES_AT_ONCE].string_value = str(way.at_once)
     return config
 
 

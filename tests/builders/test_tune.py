@@ -20,9 +20,12 @@ def read(path: Path) -> pb.ModelConfig:
 
 def test_candidates_use_every_core_and_few_copies_of_the_weights() -> None:
     assert candidates(1) == [Candidate(1, 1), Candidate(2, 1)]
-    assert candidates(2) == [Candidate(1, 2), Candidate(2, 2), Candidate(2, 1)]
-    assert candidates(16) == [Candidate(1, 16), Candidate(2, 16), Candidate(2, 8), Candidate(4, 4)]
-    assert candidates(7) == [Candidate(1, 7), Candidate(2, 7)]
+    assert candidates(2) == [Candidate(1, 2), Candidate(1, 2, 2), Candidate(2, 2), Candidate(2, 1)]
+    assert candidates(16) == [
+        Candidate(1, 16), Candidate(1, 16, 16), Candidate(2, 16), Candidate(2, 8), Candidate(4, 4),
+    ]  # fmt: skip
+    assert candidates(7) == [Candidate(1, 7), Candidate(1, 7, 7), Candidate(2, 7)]
+    assert [each.copies for each in candidates(16)] == [1, 2, 2, 2, 4]
 
 
 def test_throughput_decides_unless_a_lone_request_suffers() -> None:
@@ -30,6 +33,8 @@ def test_throughput_decides_unless_a_lone_request_suffers() -> None:
     assert choose([one, two]) == one
     assert choose([one, Measured(Candidate(2, 1), 120, 12.0)]).candidate == Candidate(2, 1)
     assert choose([one, Measured(Candidate(2, 1), 102, 12.0)]) == one, "not worth a second copy of the weights"
+    assert choose([one, Measured(Candidate(1, 2, 2), 102, 10.0)]) == one, "nor this one"
+    assert choose([one, Measured(Candidate(1, 2, 2), 120, 10.0), two]).candidate == Candidate(1, 2, 2)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +60,11 @@ def test_a_tuned_config_differs_only_in_what_was_measured(built: Path, monkeypat
         assert 1 <= tuned.instance_group[0].count <= 2
         if "tower" in path.parent.parent.name:
             assert int(tuned.parameters["intra_op_thread_count"].string_value) in (1, 2)
-            assert path.read_text().count(" threads: ") == 3, "the header has every candidate's measurement"
-            del tuned.parameters["intra_op_thread_count"]
+            assert path.read_text().count("alone") == 4, "the header has every candidate's measurement"
+            assert tuned.parameters["batches_at_once"].string_value in ("1", "2")
+            for name in ("intra_op_thread_count", "batches_at_once"):
+                del tuned.parameters[name]
+                original.parameters.pop(name, None)
         else:
             assert int(tuned.parameters["decoders"].string_value) >= 1
             tuned.parameters["decoders"].string_value = "0"

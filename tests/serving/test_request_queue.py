@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 
 from hypothesis import given
@@ -91,10 +92,73 @@ def test_closing_lets_what_waits_be_taken_and_wakes_who_waits() -> None:
     assert found == [None]
 
 
-@given(st.lists(st.tuples(st.sampled_from([INTERACTIVE, BULK]), st.integers(1, 5)), max_size=40), st.integers(1, 8))
-def test_nothing_is_lost_or_doubled_between_threads(items: list[tuple[int, int]], max_rows: int) -> None:
-    queue: RequestQueue[int] = RequestQueue(QueueLimits((100, 100), (60.0, 60.0)))
+def sharing(sharers: int) -> RequestQueue[str]:
+    return RequestQueue(LIMITS, Clock(), sharers)
+
+
+def test_workers_that_share_the_cores_take_their_part() -> None:
+    queue = sharing(2)
+    for name in "abc":
+        queue.put(name)
+    first, second = taken(queue), taken(queue)
+    assert (first.items, second.items) == (["a", "b"], ["c"])
+    assert not first.is_alone
+    assert not second.is_alone
+    queue.done()
+    for name in "de":
+        queue.put(name)
+    assert taken(queue).items == ["d", "e"], "the other one is busy"
+
+
+def test_a_batch_that_comes_alone_has_the_cores_to_itself() -> None:
+    queue = sharing(2)
+    queue.put("a", rows=40)
+    assert taken(queue, 32).is_alone
+    found: list[Taken[str] | None] = []
+    waiter = threading.Thread(target=lambda: found.append(queue.take(32)))
+    waiter.start()
+    for name in "bc":
+        queue.put(name)
+    waiter.join(0.2)
+    assert not found, "until it is done"
+    queue.done()
+    waiter.join(5)
+    assert [each and (each.items, each.is_alone) for each in found] == [(["b"], False)]
+    assert not taken(queue).is_alone, "the other one works"
+
+
+def test_closing_waits_for_the_batch_that_is_alone() -> None:
+    queue = sharing(2)
+    queue.put("a")
+    assert taken(queue).is_alone
+    queue.put("b")
+    queue.close()
+    found: list[Taken[str] | None] = []
+    waiter = threading.Thread(target=lambda: found.append(queue.take(32)))
+    waiter.start()
+    queue.done()
+    waiter.join(5)
+    assert [each and each.items for each in found] == [["b"]]
+    assert queue.take(32) is None
+
+
+def test_workers_that_do_not_share_are_never_alone() -> None:
+    queue, _ = make()
+    queue.put("a")
+    assert not taken(queue).is_alone
+    queue.put("b")
+    assert taken(queue).items == ["b"]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([INTERACTIVE, BULK]), st.integers(1, 5)), max_size=40),
+    st.integers(1, 8),
+    st.sampled_from([0, 3]),
+)
+def test_nothing_is_lost_or_doubled_between_threads(items: list[tuple[int, int]], max_rows: int, sharers: int) -> None:
+    queue: RequestQueue[int] = RequestQueue(QueueLimits((100, 100), (60.0, 60.0)), sharers=sharers)
     came: Counter[int] = Counter()
+    working: set[int] = set()
     lock = threading.Lock()
 
     def work() -> None:
@@ -102,6 +166,13 @@ def test_nothing_is_lost_or_doubled_between_threads(items: list[tuple[int, int]]
             assert len(found.items) == 1 or sum(items[item][1] for item in found.items) <= max_rows
             with lock:
                 came.update(found.items)
+                assert not (found.is_alone and working)
+                working.add(threading.get_ident())
+            time.sleep(0)
+            with lock:
+                working.discard(threading.get_ident())
+            if sharers:
+                queue.done()
 
     workers = [threading.Thread(target=work) for _ in range(3)]
     for worker in workers:

@@ -17,7 +17,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from tuwen.serving.full_models import FullFlag, Side, are_all_full
-from tuwen.serving.request_queue import BULK, INTERACTIVE, QueueLimits, RequestQueue
+from tuwen.serving.request_queue import BULK, INTERACTIVE, QueueLimits, RequestQueue, Taken
 from tuwen.serving.responses import failure, refusal
 
 _PARAMETERS = ("interactive", "bulk")
@@ -47,13 +47,20 @@ class QueuedModel:
         answer: one response per request, in order; several threads call it if there are several workers.
         workers: threads.
         max_rows: of a batch.
+        answer_beside: the same for a batch beside others, if workers share the cores; `answer` is then for a batch
+            that comes alone, beside which nothing else is answered.
     """
 
     def __init__(
-        self, config: dict[str, Any], answer: Callable[[list[Any]], list[Any]], workers: int, max_rows: int
+        self,
+        config: dict[str, Any],
+        answer: Callable[[list[Any]], list[Any]],
+        workers: int,
+        max_rows: int,
+        answer_beside: Callable[[list[Any]], list[Any]] | None = None,
     ) -> None:
-        self._answer, self._max_rows = answer, max_rows
-        self._queue: RequestQueue[Any] = RequestQueue(read_limits(config))
+        self._answer, self._answer_beside, self._max_rows = answer, answer_beside, max_rows
+        self._queue: RequestQueue[Any] = RequestQueue(read_limits(config), sharers=workers if answer_beside else 0)
         self._metrics = _Metrics(config["name"], self._queue)
         side = _SIDE_OF_TOWER.get(config["input"][0]["name"])
         self._flag = FullFlag(side, config["name"]) if side else None
@@ -102,23 +109,27 @@ class QueuedModel:
             if taken.expired:
                 self._answered.put([(request, _unavailable(_EXPIRED)) for request in taken.expired])
                 self._metrics.add("tuwen_queue_expired_total", len(taken.expired))
-            if not taken.items:
-                continue
-            started = time.perf_counter()
-            try:
-                responses = self._answer(taken.items)
-            except Exception as error:  # whatever it is, the next requests find a worker
-                responses = [failure(error)] * len(taken.items)
-            computed_s = time.perf_counter() - started
-            answered = list(zip(taken.items, responses, strict=True))
+            answered = self._compute(taken) if taken.items else []
+            if self._answer_beside:
+                self._queue.done()
             if len(self._queue):
                 self._answered.put(answered)
             else:  # nothing to compute meanwhile
                 _send_all(answered)
-            self._metrics.add("tuwen_batches_total", 1)
-            self._metrics.add("tuwen_batch_items_total", len(taken.items))
-            self._metrics.add("tuwen_queue_duration_us_total", round(taken.waited_s * 1e6))
-            self._metrics.add("tuwen_compute_duration_us_total", round(computed_s * 1e6))
+
+    def _compute(self, taken: Taken[Any]) -> list[tuple[Any, Any]]:
+        answer = self._answer if self._answer_beside is None or taken.is_alone else self._answer_beside
+        started = time.perf_counter()
+        try:
+            responses = answer(taken.items)
+        except Exception as error:  # whatever it is, the next requests find a worker
+            responses = [failure(error)] * len(taken.items)
+        computed_s = time.perf_counter() - started
+        self._metrics.add("tuwen_batches_total", 1)
+        self._metrics.add("tuwen_batch_items_total", len(taken.items))
+        self._metrics.add("tuwen_queue_duration_us_total", round(taken.waited_s * 1e6))
+        self._metrics.add("tuwen_compute_duration_us_total", round(computed_s * 1e6))
+        return list(zip(taken.items, responses, strict=True))
 
     def _send_answered(self) -> None:
         while (answered := self._answered.get()) is not None:

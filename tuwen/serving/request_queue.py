@@ -7,11 +7,12 @@ Measured with the sample's texts, 16 callers: 153 a second with any such policy,
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -38,18 +39,32 @@ class _Waiting(Generic[Item]):
 
 @dataclass(frozen=True)
 class Taken(Generic[Item]):
-    """What leaves the queue together: items to work on, those that waited too long, and seconds waited in all."""
+    """What leaves the queue together.
+
+    Attributes:
+        items: to work on.
+        expired: those that waited too long.
+        waited_s: in all.
+        is_alone: nothing else waits or is worked on, and nothing will be until `done`; of workers that share the cores.
+    """
 
     items: list[Item]
     expired: list[Item]
     waited_s: float
+    is_alone: bool = False
 
 
 class RequestQueue(Generic[Item]):
-    """Threads may put and take at the same time."""
+    """Threads may put and take at the same time.
 
-    def __init__(self, limits: QueueLimits, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limits, self._clock = limits, clock
+    Args:
+        sharers: workers that share the cores, if they do: each takes its part of what waits and not more, and a batch
+            that comes alone has the cores to itself: until `done` nobody takes another.
+    """
+
+    def __init__(self, limits: QueueLimits, clock: Callable[[], float] = time.monotonic, sharers: int = 0) -> None:
+        self._limits, self._clock, self._sharers = limits, clock, sharers
+        self._busy, self._is_reserved = 0, False
         self._queues: tuple[deque[_Waiting[Item]], ...] = tuple(deque() for _ in PRIORITIES)
         self._changed = threading.Condition()
         self._is_closed = False
@@ -79,13 +94,33 @@ class RequestQueue(Generic[Item]):
         return True
 
     def take(self, max_rows: int) -> Taken[Item] | None:
-        """Wait for items, and take as many as make `max_rows` rows, at least one; None once closed and empty."""
+        """Wait for items, and take as many as make `max_rows` rows, at least one; None once closed and empty.
+
+        Workers that share the cores call `done` when they are through with what they have taken.
+        """
         with self._changed:
-            while not len(self):
-                if self._is_closed:
+            while not len(self) or self._is_reserved:
+                if self._is_closed and not len(self):
                     return None
                 self._changed.wait()
-            return self._take(max_rows)
+            if not self._sharers:
+                return self._take(max_rows)
+            taken = self._take(min(max_rows, self._share()))
+            self._is_reserved = not self._busy and not len(self)
+            self._busy += 1
+            return replace(taken, is_alone=self._is_reserved)
+
+    def done(self) -> None:
+        """What was taken is worked on no more."""
+        with self._changed:
+            self._busy -= 1
+            self._is_reserved = False
+            self._changed.notify_all()
+
+    def _share(self) -> int:
+        """Rows for each of the workers that have nothing to do, if they share what waits."""
+        rows = sum(waiting.rows for queue in self._queues for waiting in queue)
+        return max(1, math.ceil(rows / (self._sharers - self._busy)))
 
     def close(self) -> None:
         """Take nothing more; what waits may still be taken."""

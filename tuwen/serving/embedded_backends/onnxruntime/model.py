@@ -9,6 +9,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,9 @@ _TRITON_TYPES = {
 }
 
 
-_QUEUE_PARAMETERS = ("max_queue_size.", "max_wait_s.")
+# Ours; the C++ backend does not read them.
+_AT_ONCE = "batches_at_once"
+_QUEUE_PARAMETERS = ("max_queue_size.", "max_wait_s.", _AT_ONCE)
 # ONNX Runtime's own names; the C++ backend does not read them.
 _SPINNING, _STOP_SPINNING = "session.intra_op.allow_spinning", "session.force_spinning_stop"
 
@@ -63,10 +66,7 @@ class TritonPythonModel:
         if not path.exists():
             raise pb_utils.TritonModelException(f"{path} does not exist")
         options, self._run_options = _read_options(config)
-        try:
-            self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's errors share no base class
-            raise pb_utils.TritonModelException(f"{path} is not a model that ONNX Runtime runs: {error}") from error
+        self._session = _open(path, options)
         self._is_batching = config["max_batch_size"] > 0
         self._batch_inputs = {
             name: _BATCH_INPUTS[_supported_kind(each)]
@@ -81,7 +81,7 @@ class TritonPythonModel:
         _check_tensors(path, "output", config, self._session.get_outputs(), self._is_batching)
         self._input_names = [tensor["name"] for tensor in config["input"]]
         self._string_inputs = {tensor["name"] for tensor in config["input"] if tensor["data_type"] == "TYPE_STRING"}
-        self._queued = QueuedModel(config, self._answer, 1, config["max_batch_size"]) if is_queued(config) else None
+        self._queued = self._queue(config, path) if is_queued(config) else None
 
     def execute(self, requests: list[Any]) -> list[Any] | None:
         """Responses, or None where they come later: a model whose parameters bound a queue keeps that queue here."""
@@ -94,7 +94,22 @@ class TritonPythonModel:
         if self._queued is not None:
             self._queued.close()
 
-    def _answer(self, requests: list[Any]) -> list[Any]:
+    def _queue(self, config: dict[str, Any], path: Path) -> QueuedModel:
+        """With one worker; or with several that each run a batch on one thread, where the parameters ask for it.
+
+        Threads that share a batch wait for the slowest of them at every layer: on two cores, texts in batches of eight,
+        two such workers answer 1.2 times as many in float32, 1.7 times in int8. A batch that comes alone is still run
+        by all threads, which takes a session of its own, and the weights twice.
+        """
+        at_once = _batches_at_once(config)
+        if at_once == 1:
+            return QueuedModel(config, self._answer, 1, config["max_batch_size"])
+        options, _ = _read_options(config)
+        options.intra_op_num_threads = 1
+        answer_beside = partial(self._answer, session=_open(path, options))
+        return QueuedModel(config, self._answer, at_once, config["max_batch_size"], answer_beside)
+
+    def _answer(self, requests: list[Any], session: ort.InferenceSession | None = None) -> list[Any]:
         """One response per request, in order; requests of equal item shape run as one batch."""
         responses: list[Any] = [None] * len(requests)
         batches: dict[Any, list[tuple[int, Feed]]] = defaultdict(list)
@@ -107,7 +122,7 @@ class TritonPythonModel:
             shapes = self._batch_key(feed) if self._is_batching else index
             batches[shapes, tuple(sorted(request.requested_output_names()))].append((index, feed))
         for (_, output_names), batch in batches.items():
-            answers = self._run([feed for _, feed in batch], list(output_names))
+            answers = self._run(session or self._session, [feed for _, feed in batch], list(output_names))
             for (index, _), answer in zip(batch, answers, strict=True):
                 responses[index] = answer
         return responses
@@ -136,17 +151,17 @@ class TritonPythonModel:
             feed[name] = derive(sizes)
         return first | feed
 
-    def _run(self, feeds: list[Feed], output_names: list[str]) -> list[Any]:
+    def _run(self, session: ort.InferenceSession, feeds: list[Feed], output_names: list[str]) -> list[Any]:
         """Responses to one batch; when it fails each request runs again alone, so that only the bad one fails."""
         feed = self._join(feeds)
         lengths = [len(next(iter(each.values()))) for each in feeds] if self._is_batching else []
         try:
-            outputs = self._session.run(output_names, feed, self._run_options)
+            outputs = session.run(output_names, feed, self._run_options)
             if self._is_batching and any(len(output) != sum(lengths) for output in outputs):
                 raise ValueError(f"the outputs have {[len(o) for o in outputs]} rows for a batch of {sum(lengths)}")
         except Exception as error:
             if len(feeds) > 1:
-                return [response for each in feeds for response in self._run([each], output_names)]
+                return [response for each in feeds for response in self._run(session, [each], output_names)]
             is_invalid = isinstance(error, InvalidArgument)
             code = pb_utils.TritonError.INVALID_ARG if is_invalid else pb_utils.TritonError.INTERNAL
             if not is_invalid:
@@ -157,6 +172,23 @@ class TritonPythonModel:
         ends = np.cumsum(lengths)[:-1]
         rows = zip(*(np.split(output, ends) for output in outputs), strict=True)  # views, no copies
         return [_named(output_names, arrays) for arrays in rows]
+
+
+def _open(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's errors share no base class
+        raise pb_utils.TritonModelException(f"{path} is not a model that ONNX Runtime runs: {error}") from error
+
+
+def _batches_at_once(config: dict[str, Any]) -> int:
+    """The parameter's number, or that of the cores; 1 where nothing is said."""
+    text = config["parameters"].get(_AT_ONCE, {}).get("string_value", "1").strip().lower()
+    if text == "cores":
+        return len(os.sched_getaffinity(0))
+    if not text.isdecimal() or int(text) == 0:
+        raise pb_utils.TritonModelException(f"{_AT_ONCE} is {text!r}, expected a number, 1 or more, or 'cores'")
+    return int(text)
 
 
 def _supported_kind(batch_input: dict[str, Any]) -> str:
