@@ -88,6 +88,24 @@ def test_an_unknown_option_is_a_warning(backend: Any) -> None:
     assert [warning.split()[2] for warning in backend.pb_utils.warnings] == ["colour", "gpu_mem_limit"]
 
 
+def test_a_queues_parameters_have_an_effect_with_a_queue_alone(backend: Any) -> None:
+    backend._read_options(config(batches_at_once="2", max_queue_size__bulk="9", max_wait_s__bulk="9"))
+    assert backend.pb_utils.warnings == []
+    backend._read_options(config(batches_at_once="2"))
+    assert [warning.split()[2] for warning in backend.pb_utils.warnings] == ["batches_at_once"]
+
+
+def test_batches_at_once(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)))
+    assert backend._batches_at_once(config()) == 1
+    assert [backend._batches_at_once(config(batches_at_once=text)) for text in ("3", "Cores")] == [3, 6]
+    for text in ("0", "-1", "many", ""):
+        with pytest.raises(
+            RefusedError, match=f"batches_at_once is '{text}', expected a number, 1 or more, or 'cores'"
+        ):
+            backend._batches_at_once(config(batches_at_once=text))
+
+
 @pytest.mark.parametrize(
     ("parameters", "sentence"),
     [

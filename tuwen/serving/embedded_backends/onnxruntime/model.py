@@ -227,7 +227,7 @@ def _read_options(config: dict[str, Any]) -> tuple[ort.SessionOptions, ort.RunOp
         "memory.enable_memory_arena_shrinkage": run_options.add_run_config_entry,
     }
     for key, value in config.get("parameters", {}).items():
-        if key.startswith(_QUEUE_PARAMETERS):
+        if is_queued(config) and key.startswith(_QUEUE_PARAMETERS):
             continue
         if key in setters:
             setters[key](key, value["string_value"].strip().lower())
