@@ -138,8 +138,8 @@ def compare(data: Path, architecture: str, rounds: int, steps: int, folder: Path
 
 
 def enlarge(data: Path, architecture: str, steps: int, folder: Path) -> dict[str, float]:
-    """This trainer with the large batch in chunks, beside the small one whole."""
-    small = ours(data, architecture, BATCH, 0, 8, folder)
+    """This trainer with the large batch in chunks, beside the small one whole, of as many samples: memory grows."""
+    small = ours(data, architecture, BATCH, 0, steps * LARGE_BATCH // BATCH, folder)
     large = ours(data, architecture, LARGE_BATCH, BATCH, steps, folder)
     ratio = large.peak_mib / small.peak_mib
     for batch, chunk, one in ((BATCH, BATCH, small), (LARGE_BATCH, BATCH, large)):
