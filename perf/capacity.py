@@ -63,8 +63,8 @@ BATCH_1_EFFICIENCY = (0.15, 0.3)
 # Launching what a tower consists of, as a CUDA graph, and copying in and out. Assumed.
 OVERHEAD_MS = 0.2
 # docs/performance.md, `python -m perf.serving`, two cores; a c7i.xlarge has two cores, four hardware threads.
-CPU_FP32 = Machine("2 cores, float32", 0.1785, {"image": 4.23, "text": 80.8}, "measured")
-CPU_INT8 = Machine("2 cores, int8", 0.1785, {"image": 11.6, "text": 198}, "measured")
+CPU_FP32 = Machine("2 cores, float32", 0.1785, {"image": 10.8, "text": 155}, "measured")
+CPU_INT8 = Machine("2 cores, int8", 0.1785, {"image": 25.3, "text": 326}, "measured")
 # github.com/OFA-Sys/Chinese-CLIP, deployment_En.md: TensorRT fp16, batch 1, milliseconds an item.
 T4_BATCH_1 = Machine("T4, one at a time", 0.526, {"image": 1000 / 3.58, "text": 1000 / 1.54}, "cited")
 
