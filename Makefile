@@ -71,6 +71,7 @@ perf-analyzer: .venv/.bench
 bench-serving: .venv/.bench
 	$(BIN)/python -m perf.preprocess
 	$(BIN)/python -m perf.lengths
+	$(BIN)/python -m perf.batches_at_once
 	$(BIN)/python -m perf.serving
 	$(MAKE) --keep-going bench-overload bench-faults fuzz
 

@@ -97,9 +97,9 @@ class TritonPythonModel:
     def _queue(self, config: dict[str, Any], path: Path) -> QueuedModel:
         """With one worker; or with several that each run a batch on one thread, where the parameters ask for it.
 
-        Threads that share a batch wait for the slowest of them at every layer: on two cores, texts in batches of eight,
-        two such workers answer 1.2 times as many in float32, 1.7 times in int8. A batch that comes alone is still run
-        by all threads, which takes a session of its own, and the weights twice.
+        Threads that share a batch wait for the slowest of them at every layer, the more so the more else the cores have
+        to do (docs/performance.md has what that costs). A batch that comes alone is still run by all threads, which
+        takes a session of its own, and the weights twice.
         """
         at_once = _batches_at_once(config)
         if at_once == 1:
