@@ -25,7 +25,7 @@ _QUEUE_BOUNDS = tuple(
     for name, numbers in (("max_queue_size", MAX_QUEUE_SIZE), ("max_wait_s", MAX_WAIT_S))
     for priority, number in numbers.items()
 )
-# Of the embedded server's backend: a number, or "cores".
+# Of the embedded server's backend.
 BATCHES_AT_ONCE = "batches_at_once"
 Device = Literal["cpu", "gpu"]  # that an instance runs on
 _HEADER = """\
@@ -219,8 +219,9 @@ def text_tower(spec: ModelSpec, name: str) -> Model:
         backend="onnxruntime",
         inputs=(_PACKED_INPUT_IDS,),
         outputs=_text_tower_outputs(spec),
-        # Pictures have as much to compute that threads may as well share it.
-        parameters=(*_QUEUE_BOUNDS, (BATCHES_AT_ONCE, "cores")),
+        # More would read the weights as often, and that is what a small batch waits for. A picture has as much to
+        # compute that all threads may as well share it.
+        parameters=(*_QUEUE_BOUNDS, (BATCHES_AT_ONCE, "2")),
         # The texts of a batch are laid end to end, so that nobody pays for padding.
         batch_inputs=(
             ("text_offsets", "BATCH_ACCUMULATED_ELEMENT_COUNT_WITH_ZERO"),

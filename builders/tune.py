@@ -87,7 +87,8 @@ def candidates(num_cores: int) -> list[Candidate]:
     Of the latter one computes while the other takes its next batch, or waits for a core that something else has.
     """
     shared = [Candidate(n, num_cores // n) for n in range(1, min(num_cores, MAX_INSTANCES) + 1) if num_cores % n == 0]
-    return list(dict.fromkeys([shared[0], Candidate(1, num_cores, num_cores), Candidate(2, num_cores), *shared[1:]]))
+    beside = [Candidate(1, num_cores, n) for n in (2, 4) if n <= num_cores]
+    return list(dict.fromkeys([shared[0], *beside, Candidate(2, num_cores), *shared[1:]]))
 
 
 def choose(measured: Sequence[Measured]) -> Measured:

@@ -154,7 +154,7 @@ def burst(sender: Sender, rate: float, seconds: float) -> tuple[list[Sent], list
     memory: list[float] = []
     over = threading.Event()
     gc.collect()
-    gc.freeze()
+    gc.freeze()  # nor does the sender stop to look through all that it has kept
 
     def sample() -> None:
         while not over.wait(1.0):

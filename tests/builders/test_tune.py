@@ -22,10 +22,10 @@ def test_candidates_use_every_core_and_few_copies_of_the_weights() -> None:
     assert candidates(1) == [Candidate(1, 1), Candidate(2, 1)]
     assert candidates(2) == [Candidate(1, 2), Candidate(1, 2, 2), Candidate(2, 2), Candidate(2, 1)]
     assert candidates(16) == [
-        Candidate(1, 16), Candidate(1, 16, 16), Candidate(2, 16), Candidate(2, 8), Candidate(4, 4),
+        Candidate(1, 16), Candidate(1, 16, 2), Candidate(1, 16, 4), Candidate(2, 16), Candidate(2, 8), Candidate(4, 4),
     ]  # fmt: skip
-    assert candidates(7) == [Candidate(1, 7), Candidate(1, 7, 7), Candidate(2, 7)]
-    assert [each.copies for each in candidates(16)] == [1, 2, 2, 2, 4]
+    assert candidates(3) == [Candidate(1, 3), Candidate(1, 3, 2), Candidate(2, 3), Candidate(3, 1)]
+    assert [each.copies for each in candidates(16)] == [1, 2, 2, 2, 2, 4]
 
 
 def test_throughput_decides_unless_a_lone_request_suffers() -> None:

@@ -95,15 +95,39 @@ def test_a_queues_parameters_have_an_effect_with_a_queue_alone(backend: Any) -> 
     assert [warning.split()[2] for warning in backend.pb_utils.warnings] == ["batches_at_once"]
 
 
-def test_batches_at_once(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)))
-    assert backend._batches_at_once(config()) == 1
-    assert [backend._batches_at_once(config(batches_at_once=text)) for text in ("3", "Cores")] == [3, 6]
-    for text in ("0", "-1", "many", ""):
-        with pytest.raises(
-            RefusedError, match=f"batches_at_once is '{text}', expected a number, 1 or more, or 'cores'"
-        ):
-            backend._batches_at_once(config(batches_at_once=text))
+@pytest.mark.parametrize(
+    ("cores", "parameters", "sessions", "workers"),
+    [
+        (1, {"batches_at_once": "2"}, [], 1),
+        (2, {}, [], 1),
+        (2, {"batches_at_once": "1"}, [], 1),
+        (2, {"batches_at_once": "2"}, [1], 2),
+        (16, {"batches_at_once": "2"}, [8], 2),
+        (16, {"batches_at_once": "3", "intra_op_thread_count": "0"}, [5], 3),
+        (16, {"batches_at_once": "4", "intra_op_thread_count": "2"}, [1], 2),
+    ],
+)
+def test_batches_at_once_share_the_threads(
+    backend: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    parameters: dict[str, str],
+    sessions: list[int],
+    workers: int,
+) -> None:
+    opened: list[int] = []
+    queues: list[int] = []
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(backend, "_open", lambda _, options: opened.append(options.intra_op_num_threads))
+    monkeypatch.setattr(backend, "QueuedModel", lambda *arguments: queues.append(arguments[2]))
+    backend.TritonPythonModel()._queue(config(**parameters) | {"max_batch_size": 32}, Path("model.onnx"))
+    assert (opened, queues) == (sessions, [workers])
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "many", ""])
+def test_batches_at_once_is_a_number(backend: Any, text: str) -> None:
+    with pytest.raises(RefusedError, match=f"batches_at_once is '{text}', expected a number, 1 or more"):
+        backend._batches_at_once(config(batches_at_once=text))
 
 
 @pytest.mark.parametrize(

@@ -95,17 +95,18 @@ class TritonPythonModel:
             self._queued.close()
 
     def _queue(self, config: dict[str, Any], path: Path) -> QueuedModel:
-        """With one worker; or with several that each run a batch on one thread, where the parameters ask for it.
+        """With one worker; or with several that each run a batch on their part of the threads, as the parameter says.
 
         Threads that share a batch wait for the slowest of them at every layer, the more so the more else the cores have
         to do (docs/performance.md has what that costs). A batch that comes alone is still run by all threads, which
         takes a session of its own, and the weights twice.
         """
-        at_once = _batches_at_once(config)
+        options, _ = _read_options(config)
+        threads = options.intra_op_num_threads or len(os.sched_getaffinity(0))
+        at_once = min(_batches_at_once(config), threads)
         if at_once == 1:
             return QueuedModel(config, self._answer, 1, config["max_batch_size"])
-        options, _ = _read_options(config)
-        options.intra_op_num_threads = 1
+        options.intra_op_num_threads = threads // at_once
         answer_beside = partial(self._answer, session=_open(path, options))
         return QueuedModel(config, self._answer, at_once, config["max_batch_size"], answer_beside)
 
@@ -182,12 +183,9 @@ def _open(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
 
 
 def _batches_at_once(config: dict[str, Any]) -> int:
-    """The parameter's number, or that of the cores; 1 where nothing is said."""
-    text = config["parameters"].get(_AT_ONCE, {}).get("string_value", "1").strip().lower()
-    if text == "cores":
-        return len(os.sched_getaffinity(0))
+    text = config["parameters"].get(_AT_ONCE, {}).get("string_value", "1").strip()
     if not text.isdecimal() or int(text) == 0:
-        raise pb_utils.TritonModelException(f"{_AT_ONCE} is {text!r}, expected a number, 1 or more, or 'cores'")
+        raise pb_utils.TritonModelException(f"{_AT_ONCE} is {text!r}, expected a number, 1 or more")
     return int(text)
 
 
