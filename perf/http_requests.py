@@ -107,16 +107,16 @@ class HttpRequests(Generic[Key]):
         connection.socket.close()
 
 
-def request_bytes(model: str, body: bytes, json_size: int, headers: dict[str, str] | None = None) -> bytes:
+def request_bytes(model: str, body: bytes, json_size: int) -> bytes:
     """A request to infer: the body that tritonclient's `generate_request_body` makes, and what goes before it."""
-    lines = {
-        "Host": "localhost", "Content-Type": "application/octet-stream", "Content-Length": str(len(body)),
-        "Inference-Header-Content-Length": str(json_size), **(headers or {}),
-    }  # fmt: skip
-    head = f"POST /v2/models/{model}/infer HTTP/1.1\r\n" + "".join(
-        f"{name}: {value}\r\n" for name, value in lines.items()
+    head = (
+        f"POST /v2/models/{model}/infer HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/octet-stream",
+        f"Content-Length: {len(body)}",
+        f"Inference-Header-Content-Length: {json_size}",
     )
-    return head.encode() + b"\r\n" + body
+    return "\r\n".join(head).encode() + _HEADERS_END + body
 
 
 def _read_response(received: bytearray) -> Response | None:
