@@ -12,8 +12,12 @@ from __future__ import annotations
 
 import selectors
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
+
+import numpy as np
+from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 
 Key = TypeVar("Key")
 
@@ -117,6 +121,28 @@ def request_bytes(model: str, body: bytes, json_size: int) -> bytes:
         f"Inference-Header-Content-Length: {json_size}",
     )
     return "\r\n".join(head).encode() + _HEADERS_END + body
+
+
+def text_request(ensemble: str, text: str, timeout_s: float = 30.0) -> bytes:
+    """One text to be embedded, as bulk, for its text_embeds alone."""
+    data = InferInput("text", [1, 1], "BYTES").set_data_from_numpy(np.array([[text.encode()]], np.object_))
+    wanted = [InferRequestedOutput("text_embeds", binary_data=True)]
+    body, json_size = InferenceServerClient.generate_request_body(
+        [data], outputs=wanted, timeout=round(timeout_s * 1e6), parameters={"queue_priority": 2}
+    )
+    return request_bytes(ensemble, body, json_size)
+
+
+def closed_loop(http: HttpRequests[int], requests: Sequence[bytes], concurrency: int) -> list[Response]:
+    """Responses in order, with so many requests under way until the last is sent."""
+    responses: dict[int, Response] = {}
+    sent = 0
+    while len(responses) < len(requests):
+        while sent < len(requests) and http.under_way < concurrency:
+            http.send(requests[sent], sent)
+            sent += 1
+        responses.update(http.ended(wait_s=1.0))
+    return [responses[n] for n in range(len(requests))]
 
 
 def _read_response(received: bytearray) -> Response | None:

@@ -20,24 +20,25 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tritonclient.grpc as triton
-from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from tuwen_client.errors import from_status
 
-from perf.http_requests import HttpRequests, Response, request_bytes
+from perf.http_requests import HttpRequests, Response, closed_loop, text_request
 from perf.processes import rss_mib
-from perf.rounds import machine, write_json
+from perf.rounds import machine, rate_of, write_json
 from perf.serving import BENCH_DIR, FP32, Bench, open_bench
 from perf.workload import muge_like_texts
 
 OVERLOAD = 3.0
 BURST_S = 60.0
 NUM_TEXTS = 200
+CAPACITY_CONCURRENCY = 64
 MIN_GOODPUT = 0.90
 MAX_REFUSAL_MS = 50.0
 MAX_RECOVERY_S = 2.0
@@ -86,12 +87,12 @@ class Sender:
 
     def __init__(self, bench: Bench, texts: list[str]) -> None:
         self.bench, self.texts = bench, texts
-        self.http: HttpRequests[Sent] = HttpRequests(bench.server.endpoints.http.removeprefix("http://"))
-        self._requests = [_request(text) for text in texts]
+        self.http: HttpRequests[Sent] = HttpRequests(bench.http)
+        self.requests = [text_request(f"{FP32}_text", text, _TIMEOUT_S) for text in texts]
 
     def send(self, text: int) -> Sent:
         sent = Sent(text, time.perf_counter())
-        self.http.send(self._requests[text], sent)
+        self.http.send(self.requests[text], sent)
         return sent
 
     def take(self, wait_s: float) -> int:
@@ -115,15 +116,6 @@ class Sender:
             self.take(0.1)
 
 
-def _request(text: str) -> bytes:
-    data = InferInput("text", [1, 1], "BYTES").set_data_from_numpy(np.array([[text.encode()]], np.object_))
-    wanted = [InferRequestedOutput("text_embeds", binary_data=True)]
-    body, json_size = InferenceServerClient.generate_request_body(
-        [data], outputs=wanted, timeout=round(_TIMEOUT_S * 1e6), parameters={"queue_priority": 2}
-    )
-    return request_bytes(f"{FP32}_text", body, json_size)
-
-
 def most_waiting(bench: Bench) -> int:
     """Requests that the text tower's queues hold, and two batches under way, by the config that is served."""
     with triton.InferenceServerClient(bench.server.endpoints.grpc) as server:
@@ -136,14 +128,11 @@ def most_waiting(bench: Bench) -> int:
 
 def measure_capacity(sender: Sender) -> float:
     """Texts per second with 64 under way."""
-    total = 4 * len(sender.texts)
-    started, ended = time.perf_counter(), 0
-    waiting = [sender.send(n % len(sender.texts)) for n in range(64)]
-    while ended < total:
-        count = sender.take(_TIMEOUT_S)
-        ended += count
-        waiting += [sender.send(n % len(sender.texts)) for n in range(len(waiting), min(total, len(waiting) + count))]
-    return total / (time.perf_counter() - started)
+    requests = sender.requests * 4
+    http: HttpRequests[int] = HttpRequests(sender.bench.http)
+    rate = rate_of(partial(closed_loop, http, requests, CAPACITY_CONCURRENCY), len(requests))()
+    http.close()
+    return rate
 
 
 def burst(sender: Sender, rate: float, seconds: float) -> tuple[list[Sent], list[float]]:

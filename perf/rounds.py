@@ -40,12 +40,15 @@ def milliseconds_of(work: Callable[[], object]) -> Callable[[], float]:
 
 
 def alternate(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each side measured in each round; a round runs every side once, in turn, each after a short rest."""
+    """What each side measured in each round; a round runs every side once, in turn, each after a short rest.
+
+    Every other round goes the other way, because whoever follows a side finds the caches as that side left them.
+    """
     found: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, measure in sides.items():
+    for number in range(rounds):
+        for name in reversed(list(sides)) if number % 2 else sides:
             time.sleep(_REST_S)
-            found[name].append(measure())
+            found[name].append(sides[name]())
     return found
 
 
@@ -56,6 +59,11 @@ def medians(found: Mapping[str, list[float]]) -> dict[str, float]:
 def median_ratio(found: Mapping[str, list[float]], side: str, base: str) -> float:
     """Median over rounds of side / base within a round, which cancels what slows a whole round down."""
     return statistics.median(a / b for a, b in zip(found[side], found[base], strict=True))
+
+
+def median_difference(found: Mapping[str, list[float]], side: str, base: str) -> float:
+    """Median over rounds of side - base within a round."""
+    return statistics.median(a - b for a, b in zip(found[side], found[base], strict=True))
 
 
 def machine() -> dict[str, Any]:

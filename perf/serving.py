@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 import torch
 from tuwen_client import Client
@@ -27,11 +27,22 @@ from tuwen_client import Client
 from builders.build import build
 from builders.quantize import quantize_tower
 from builders.repository import rendered_files, write_rendered
+from perf.http_requests import HttpRequests, closed_loop, text_request
 from perf.published import import_cn_clip, published_transform, published_twin
-from perf.rounds import alternate, machine, median_ratio, medians, milliseconds_of, rate_of, write_json
+from perf.rounds import (
+    alternate,
+    machine,
+    median_difference,
+    median_ratio,
+    medians,
+    milliseconds_of,
+    rate_of,
+    write_json,
+)
 from perf.stages import Stage, Statistics, measure_stages, read_statistics, settle
 from perf.workload import encode_jpeg, muge_like_texts, photographs
 from tuwen.checkpoint import load_checkpoint, save_checkpoint
+from tuwen.errors import TuwenError
 from tuwen.model import ChineseCLIP
 from tuwen.serving.ports import free_ports
 from tuwen.serving.server import EmbeddedServer
@@ -43,7 +54,7 @@ ARCHITECTURE = "ViT-B-16"
 FP32, INT8 = "vit_b_16", "vit_b_16_int8"
 CONCURRENCY = 16
 ROUNDS = 5
-_REST_S = 0.02  # before each call that is timed alone: threads of the one before stop spinning
+ALONE = 30
 PUBLISHED_TEXT_BATCH, PUBLISHED_IMAGE_BATCH = 16, 8
 NUM_TEXTS = {"published": 64, "served": 256}
 NUM_IMAGES = {"published": 16, "served": 32}
@@ -56,6 +67,11 @@ class Bench:
     checkpoint: Path
     repository: Path
     server: EmbeddedServer
+
+    @property
+    def http(self) -> str:
+        """host:port"""
+        return self.server.endpoints.http.removeprefix("http://")
 
     def client(self, name: str, max_in_flight: int = CONCURRENCY) -> Client:
         return Client(self.server.endpoints.grpc, name, max_in_flight=max_in_flight)
@@ -163,50 +179,64 @@ def compare_images(bench: Bench) -> dict[str, Any]:
 
 
 def measure_tax(bench: Bench, name: str = FP32) -> dict[str, Any]:
-    """What serving adds to ONNX Runtime called in this process: throughput at concurrency 16, time of one request."""
+    """What serving adds to ONNX Runtime called in this process: throughput at concurrency 16, time of one request.
+
+    Served: over HTTP, by a sender that takes next to nothing of the cores that it shares with the server; client: by
+    `tuwen_client`, which does take its part.
+    """
     options = ort.SessionOptions()
     # Else its threads spin on after each call, and take the processor from the server, which is asked next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = ort.InferenceSession(bench.tower(name, "text"), options, providers=["CPUExecutionProvider"])
     texts = muge_like_texts(NUM_TEXTS["served"], seed=1)
     ids = [default_tokenizer().encode_ids(normalize_text(text)) for text in texts]
+    requests = [text_request(f"{name}_text", text) for text in texts]
+    http: HttpRequests[int] = HttpRequests(bench.http)
 
     def run_bare(batch_size: int) -> None:
         for start in range(0, len(ids), batch_size):
             session.run(["text_embeds"], pack_rows(ids[start : start + batch_size]))
 
-    with bench.client(name) as client:
-        client.embed_text(texts)
+    def run_served() -> None:
+        statuses = {each.status for each in closed_loop(http, requests, CONCURRENCY)}
+        if statuses != {200}:
+            raise TuwenError(f"the server answered with status {', '.join(map(str, sorted(statuses)))}")
+
+    with bench.client(name) as client, bench.client(name, max_in_flight=1) as patient:
+        run_served()
         before = bench.statistics()
-        client.embed_text(texts)
+        run_served()
         stages = measure_stages(before, bench.statistics(), [f"{name}_text", "tokenize_text", f"{name}_text_tower"])
         batch_size = max(1, round(stages[-1].mean_batch))
-        sides = {
+        together = {
             "bare": rate_of(partial(run_bare, batch_size), len(ids)),
-            "served": rate_of(partial(client.embed_text, texts), len(texts)),
+            "served": rate_of(run_served, len(texts)),
+            "client": rate_of(partial(client.embed_text, texts), len(texts)),
         }
-        found = alternate(sides, 2 * ROUNDS)
-        alone = _one_at_a_time(session, client, texts[:60])
+        warm_up(together)
+        found = alternate(together, 2 * ROUNDS)
+        feeds = [pack_rows([each]) for each in ids[:ALONE]]
+        alone = {
+            "bare": median_ms(lambda n: session.run(["text_embeds"], feeds[n])),
+            "served": median_ms(lambda n: closed_loop(http, requests[n : n + 1], 1)),
+            "client": median_ms(lambda n: patient.embed_text(texts[n : n + 1])),
+        }
+        lone = alternate(alone, 2 * ROUNDS)
+    http.close()
     return {
         "mean_batch": stages[-1].mean_batch,
         "texts/s": medians(found),
-        "served/bare": median_ratio(found, "served", "bare"),
-        "one request, ms": alone,
+        "of bare": {side: median_ratio(found, side, "bare") for side in ("served", "client")},
+        "one request, ms": medians(lone),
+        "more than bare, ms": {side: median_difference(lone, side, "bare") for side in ("served", "client")},
+        "rounds": {"texts/s": found, "one request, ms": lone},
         "stages": [vars(stage) for stage in stages],
     }
 
 
-def _one_at_a_time(session: ort.InferenceSession, client: Client, texts: list[str]) -> dict[str, float]:
-    """Median milliseconds of one text alone, bare and served in turn."""
-    rows: dict[str, list[float]] = {"bare": [], "served": []}
-    for text in texts:
-        feed = pack_rows([default_tokenizer().encode_ids(normalize_text(text))])
-        sides = {"bare": partial(session.run, ["text_embeds"], feed), "served": partial(client.embed_text, [text])}
-        for side, work in sides.items():
-            time.sleep(_REST_S)
-            rows[side].append(milliseconds_of(work)())
-    added = [served - bare for served, bare in zip(rows["served"], rows["bare"], strict=True)]
-    return {**medians(rows), "added": float(np.median(added))}
+def median_ms(work: Callable[[int], object]) -> Callable[[], float]:
+    """A side that does `work` on texts 0, 1, ... one after another: median milliseconds of one."""
+    return lambda: statistics.median(milliseconds_of(partial(work, n))() for n in range(ALONE))
 
 
 def warm_up(sides: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The sender of the overload measurement, against a real HTTP server that answers late, in pieces or not at all."""
+"""The sender of the measurements, against a real HTTP server that answers late, in pieces or not at all."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
-from perf.http_requests import HttpRequests, Response, request_bytes
+from perf.http_requests import HttpRequests, Response, closed_loop, request_bytes
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -38,10 +39,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def requests() -> Iterator[HttpRequests[str]]:
+def requests() -> Iterator[HttpRequests[Any]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    requests: HttpRequests[str] = HttpRequests(f"127.0.0.1:{server.server_port}")
+    requests: HttpRequests[Any] = HttpRequests(f"127.0.0.1:{server.server_port}")
     yield requests
     requests.close()
     server.shutdown()
@@ -98,3 +99,11 @@ def test_an_answer_that_no_request_asked_for_is_counted(requests: HttpRequests[s
         assert requests.ended(5.0) == []
     send(requests, "again")
     assert wait(requests) == [("again", Response(200, b"{}again", 2))]
+
+
+def test_a_closed_loop_keeps_so_many_under_way_and_answers_in_order(requests: HttpRequests[int]) -> None:
+    words = ["slow", *(f"quick {n}" for n in range(10)), "refuse", "cut"]
+    found = closed_loop(requests, [request_bytes("m", b"{}" + word.encode(), 2) for word in words], 3)
+    assert [each.status for each in found] == [200] * 11 + [503, 0]
+    assert [each.body for each in found] == [b"{}" + word.encode() for word in words[:-1]] + [b""]
+    assert len(requests._idle) == 2  # three connections, of which one was cut

@@ -13,6 +13,7 @@ from PIL import Image
 from tuwen_client import Client, ModelNotFound
 
 from builders.repository import REPOSITORY_DIR
+from perf.http_requests import HttpRequests, closed_loop, text_request
 from tuwen.data.pairs import PairSet
 from tuwen.embed import embed_images, embed_texts
 from tuwen.fingerprint import model_fingerprint
@@ -44,6 +45,15 @@ def test_100_served_texts_equal_pytorch(client: Client, sample_model: ChineseCLI
     texts += ["猫" * size for size in (1, 6, 7, 10, 14, 22, 30, 50, 60)] + ["SOON “箭头”"]
     assert len(texts) == 100
     assert cosines(client.embed_text(texts), embed_texts(sample_model, texts)).min() >= MIN_COSINE
+
+
+def test_the_measurements_send_texts_that_are_embedded(client: Client, sample_server: EmbeddedServer) -> None:
+    texts = ["一只猫", "戴墨镜的笑脸"]
+    http: HttpRequests[int] = HttpRequests(sample_server.endpoints.http.removeprefix("http://"))
+    responses = closed_loop(http, [text_request(f"{client.model}_text", text) for text in texts], 2)
+    http.close()
+    rows = np.stack([np.frombuffer(each.body[each.json_size :], np.float32) for each in responses])
+    assert np.allclose(rows, client.embed_text(texts), atol=1e-5)
 
 
 def test_order_is_kept_over_a_thousand_items(client: Client, sample_pairs: PairSet) -> None:
