@@ -10,6 +10,7 @@ for a request.
 
 from __future__ import annotations
 
+import resource
 import selectors
 import socket
 from collections.abc import Sequence
@@ -19,10 +20,13 @@ from typing import Generic, TypeVar
 import numpy as np
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 
+from tuwen.errors import TuwenError
+
 Key = TypeVar("Key")
 
 _HEADERS_END = b"\r\n\r\n"
 _READ_BYTES = 65_536
+_OTHER_FILES = 200  # of the process, beside these connections
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,17 @@ class HttpRequests(Generic[Key]):
         host, _, port = address.rpartition(":")
         self._address = (host, int(port))
         self._selector = selectors.DefaultSelector()
+        self._most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _OTHER_FILES
         self._idle: list[_Connection[Key]] = []
         self.under_way = self.unasked = 0
 
     def send(self, request: bytes, key: Key) -> None:
-        """Send a whole request, small enough for the socket's buffer, without waiting for its answer."""
+        """Send a whole request, small enough for the socket's buffer, without waiting for its answer.
+
+        Raises:
+            TuwenError: as many are under way as this process may have connections.
+            OSError: nobody listens there.
+        """
         connection = self._idle.pop() if self._idle else self._connect()
         connection.key = key
         connection.socket.sendall(request)
@@ -92,6 +102,8 @@ class HttpRequests(Generic[Key]):
         self._selector.close()
 
     def _connect(self) -> _Connection[Key]:
+        if len(self._selector.get_map()) >= self._most:
+            raise TuwenError(f"{self.under_way} requests are under way, no more connections may be opened (ulimit -n)")
         connection: _Connection[Key] = _Connection(socket.create_connection(self._address))
         connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._selector.register(connection.socket, selectors.EVENT_READ, connection)

@@ -1,6 +1,7 @@
 """What happens when three times as many texts arrive as can be answered? Poisson arrivals for a minute.
 
     make bench-overload                     # ViT-B-16, random weights, float32
+    python -m perf.overload --model sample --gateway     # the sample's tiny tower, behind deploy/gateway
 
 First the capacity is measured (closed loop), and the latency of a lone request; then the burst, every text known and
 its right answer too; then how soon a lone request is as fast as before. Exits 1 where a bound is missed. All of it over
@@ -13,6 +14,7 @@ import argparse
 import gc
 import json
 import os
+import resource
 import statistics
 import threading
 import time
@@ -27,13 +29,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import tritonclient.grpc as triton
+from tuwen_client import Client
 from tuwen_client.errors import from_status
 
+from perf.gateway import open_gateway
 from perf.http_requests import HttpRequests, Response, closed_loop, text_request
 from perf.processes import rss_mib
 from perf.rounds import machine, rate_of, write_json
-from perf.serving import BENCH_DIR, FP32, Bench, open_bench
+from perf.serving import BENCH_DIR, FP32, SAMPLE, open_bench, open_sample
 from perf.workload import muge_like_texts
+from tuwen.errors import TuwenError
+from tuwen.serving.server import EmbeddedServer, Endpoints
 
 OVERLOAD = 3.0
 BURST_S = 60.0
@@ -45,8 +51,11 @@ MAX_RECOVERY_S = 2.0
 # An answer waits for the full queues of both priorities and two batches under way, at the measured capacity; what the
 # other processes take from the tower meanwhile is the margin.
 LATENCY_MARGIN = 1.5
+# Behind a gateway it waits for a place, and with one as long as it takes to answer as many as there are, on average.
+GATEWAY_LATENCY_MARGIN = 2.0
 MAX_GROWTH = 0.05  # of memory, from the first to the last fifth of the burst
 MIN_COSINE = 0.9999
+GATEWAY_UNDER_WAY, GATEWAY_WAIT_S = 64, 0.02
 _TIMEOUT_S = 30.0
 _ALONE = 30
 
@@ -82,13 +91,42 @@ class Sent:
         return float(np.frombuffer(self.response.body[self.response.json_size :], np.float32) @ rows[self.text])
 
 
+@dataclass(frozen=True)
+class Target:
+    """What is overloaded.
+
+    Attributes:
+        model: its name.
+        asked: where requests go: the server's own addresses, or the gateway's.
+        most_waiting: requests before and with one that gets an answer.
+        wait_s: for a place in the gateway.
+        margin: of the bound on how long an answer takes.
+    """
+
+    model: str
+    server: EmbeddedServer
+    asked: Endpoints
+    most_waiting: int
+    wait_s: float
+    margin: float
+
+    def p99_bound_s(self, capacity: float) -> float:
+        """How long answers may take, at so many texts per second."""
+        return self.margin * (self.wait_s + self.most_waiting / capacity)
+
+    @property
+    def http(self) -> str:
+        """host:port"""
+        return self.asked.http.removeprefix("http://")
+
+
 class Sender:
     """Sends single texts without waiting."""
 
-    def __init__(self, bench: Bench, texts: list[str]) -> None:
-        self.bench, self.texts = bench, texts
-        self.http: HttpRequests[Sent] = HttpRequests(bench.http)
-        self.requests = [text_request(f"{FP32}_text", text, _TIMEOUT_S) for text in texts]
+    def __init__(self, target: Target, texts: list[str]) -> None:
+        self.target, self.texts = target, texts
+        self.http: HttpRequests[Sent] = HttpRequests(target.http)
+        self.requests = [text_request(f"{target.model}_text", text, _TIMEOUT_S) for text in texts]
 
     def send(self, text: int) -> Sent:
         sent = Sent(text, time.perf_counter())
@@ -116,10 +154,27 @@ class Sender:
             self.take(0.1)
 
 
-def most_waiting(bench: Bench) -> int:
+@contextmanager
+def open_target(model: str, behind_gateway: bool) -> Iterator[Target]:
+    """The full-size model of the other measurements, or the sample, served for its texts alone."""
+    opened = open_sample() if model == SAMPLE else open_bench(models=[f"{model}_text"])
+    with opened as bench:
+        own = bench.server.endpoints
+        if not behind_gateway:
+            yield Target(model, bench.server, own, most_waiting(own, model), 0.0, LATENCY_MARGIN)
+            return
+        settings = {
+            "TUWEN_GATEWAY_UNDER_WAY": str(GATEWAY_UNDER_WAY),
+            "TUWEN_GATEWAY_WAIT": f"{round(GATEWAY_WAIT_S * 1000)}ms",
+        }
+        with open_gateway(own, settings) as asked:
+            yield Target(model, bench.server, asked, GATEWAY_UNDER_WAY, GATEWAY_WAIT_S, GATEWAY_LATENCY_MARGIN)
+
+
+def most_waiting(server: Endpoints, model: str) -> int:
     """Requests that the text tower's queues hold, and two batches under way, by the config that is served."""
-    with triton.InferenceServerClient(bench.server.endpoints.grpc) as server:
-        config = server.get_model_config(f"{FP32}_text_tower").config
+    with triton.InferenceServerClient(server.grpc) as client:
+        config = client.get_model_config(f"{model}_text_tower").config
     queues = sum(
         int(value.string_value) for key, value in config.parameters.items() if key.startswith("max_queue_size.")
     )
@@ -129,7 +184,7 @@ def most_waiting(bench: Bench) -> int:
 def measure_capacity(sender: Sender) -> float:
     """Texts per second with 64 under way."""
     requests = sender.requests * 4
-    http: HttpRequests[int] = HttpRequests(sender.bench.http)
+    http: HttpRequests[int] = HttpRequests(sender.target.http)
     rate = rate_of(partial(closed_loop, http, requests, CAPACITY_CONCURRENCY), len(requests))()
     http.close()
     return rate
@@ -147,19 +202,21 @@ def burst(sender: Sender, rate: float, seconds: float) -> tuple[list[Sent], list
 
     def sample() -> None:
         while not over.wait(1.0):
-            memory.append(rss_mib(sender.bench.server.pid or 0))
+            memory.append(rss_mib(sender.target.server.pid or 0))
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    with first_at_the_cores():
-        requests, due = [], time.perf_counter()
-        for gap, text in zip(gaps, chosen, strict=True):
-            due += gap
-            while (wait_s := due - time.perf_counter()) > 0:
-                sender.take(wait_s)
-            requests.append(sender.send(int(text)))
-    over.set()
-    sampler.join()
+    try:
+        with first_at_the_cores():
+            requests, due = [], time.perf_counter()
+            for gap, text in zip(gaps, chosen, strict=True):
+                due += gap
+                while (wait_s := due - time.perf_counter()) > 0:
+                    sender.take(wait_s)
+                requests.append(sender.send(int(text)))
+    finally:
+        over.set()
+        sampler.join()
     return requests, memory
 
 
@@ -190,21 +247,22 @@ def recover(sender: Sender, normal_ms: float) -> float:
     return began - started
 
 
-def measure(bench: Bench, seconds: float) -> dict[str, Any]:
+def measure(target: Target, overload: float, seconds: float) -> dict[str, Any]:
+    """Send `overload` times the capacity for so long."""
     texts = muge_like_texts(NUM_TEXTS, seed=2)
-    with bench.client(FP32) as client:
+    with Client(target.asked.grpc, target.model) as client:
         rows = client.embed_text(texts)
-    sender = Sender(bench, texts)
+    sender = Sender(target, texts)
     normal_ms = statistics.median(sender.send_and_wait(n).ms for n in range(_ALONE))
     capacity = measure_capacity(sender)
     started = time.perf_counter()
-    requests, memory = burst(sender, OVERLOAD * capacity, seconds)
+    requests, memory = burst(sender, overload * capacity, seconds)
     burst_s = time.perf_counter() - started
     recovery_s = recover(sender, normal_ms)
     sender.wait_for_all()
     sender.take(1.0)  # a second ending of any of them would have come by now
     capacities = (capacity, measure_capacity(sender))
-    bound_ms = LATENCY_MARGIN * 1000 * most_waiting(bench) / statistics.mean(capacities)
+    bound_ms = 1000 * target.p99_bound_s(statistics.mean(capacities))
     seen = Seen(requests, sender.http.unasked, memory, started, burst_s, normal_ms, recovery_s, capacities, bound_ms)
     return judge(seen, rows)
 
@@ -274,11 +332,19 @@ def _quantiles(values: list[float]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=(FP32, SAMPLE), default=FP32, help=f"{SAMPLE}: the sample checkpoint's")
+    parser.add_argument("--gateway", action="store_true", help="through deploy/gateway; haproxy must be installed")
+    parser.add_argument("--times", type=float, default=OVERLOAD, help="of the capacity that arrive (%(default)s)")
     parser.add_argument("--seconds", type=float, default=BURST_S)
     parser.add_argument("--out", type=Path, default=BENCH_DIR / "overload.json")
     options = parser.parse_args()
-    with open_bench(models=[f"{FP32}_text"]) as bench:
-        found = measure(bench, options.seconds)
+    # What is not answered keeps its connection.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    try:
+        with open_target(options.model, options.gateway) as target:
+            found = measure(target, options.times, options.seconds)
+    except TuwenError as error:
+        raise SystemExit(f"overload: {error}") from None
     for key, value in found.items():
         print(f"{key:24s} {value}")
     write_json(options.out, {"machine": machine(), "at": time.strftime("%Y-%m-%d"), **found})

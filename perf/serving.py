@@ -51,7 +51,8 @@ from tuwen.tokenizer import default_tokenizer, normalize_text, pack_rows
 
 BENCH_DIR = Path(".cache/bench")
 ARCHITECTURE = "ViT-B-16"
-FP32, INT8 = "vit_b_16", "vit_b_16_int8"
+FP32, INT8, SAMPLE = "vit_b_16", "vit_b_16_int8", "sample"
+SAMPLE_CHECKPOINT = Path(__file__).parents[1] / "samples" / "emoji_tiny"
 CONCURRENCY = 16
 ROUNDS = 5
 ALONE = 30
@@ -105,7 +106,21 @@ def bench_repository(work_dir: Path = BENCH_DIR) -> Path:
 @contextmanager
 def open_bench(work_dir: Path = BENCH_DIR, models: Sequence[str] | None = None) -> Iterator[Bench]:
     """A server with both precisions, unless models are named, and no cache of answers."""
-    repository = bench_repository(work_dir)
+    with _open(work_dir / "checkpoint", bench_repository(work_dir), models) as bench:
+        yield bench
+
+
+@contextmanager
+def open_sample(work_dir: Path = BENCH_DIR) -> Iterator[Bench]:
+    """The sample checkpoint, whose tower takes next to nothing."""
+    repository = work_dir / "sample_repository"
+    build(SAMPLE_CHECKPOINT, SAMPLE, repository)
+    with _open(SAMPLE_CHECKPOINT, repository, [f"{SAMPLE}_text"]) as bench:
+        yield bench
+
+
+@contextmanager
+def _open(checkpoint: Path, repository: Path, models: Sequence[str] | None) -> Iterator[Bench]:
     grpc_port, http_port, metrics_port = free_ports(3)
     with EmbeddedServer(
         repository,
@@ -115,7 +130,7 @@ def open_bench(work_dir: Path = BENCH_DIR, models: Sequence[str] | None = None) 
         metrics_port=metrics_port,
         cache_size_bytes=0,  # every round sends the same texts
     ) as server:
-        yield Bench(work_dir / "checkpoint", repository, server)
+        yield Bench(checkpoint, repository, server)
 
 
 def _replace_by_int8(version_dir: Path) -> None:

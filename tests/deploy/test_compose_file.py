@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -31,14 +32,16 @@ def image_of(service: dict[str, Any]) -> Image:
 
 
 def tool(name: str) -> str:
-    found = shutil.which(name) or shutil.which(name, path=Path(sys.executable).parent)
+    found = shutil.which(name) or shutil.which(name, path=f"{Path(sys.executable).parent}:/usr/sbin")
     if found is None:
         pytest.skip(f"{name} is not installed")
     return found
 
 
-def check(*command: str | Path) -> None:
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+def check(*command: str | Path, environment: dict[str, str] | None = None) -> None:
+    ended = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **(environment or {})}
+    )
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
@@ -209,6 +212,23 @@ def test_both_profiles_differ_in_what_they_must_alone() -> None:
     assert not set(cpu["command"]) - set(gpu["command"])
     differing = {key for key in cpu.keys() | gpu.keys() if cpu.get(key) != gpu.get(key)}
     assert differing == {"profiles", "depends_on", "deploy", "command"}
+
+
+def test_the_gateway_knows_what_its_service_sets() -> None:
+    gateway = SERVICES["gateway"]
+    [config] = mounts(gateway)
+    assert (config.source, config.target) == ("./deploy/gateway/haproxy.cfg", "/usr/local/etc/haproxy/haproxy.cfg")
+    text = (ROOT / config.source).read_text(encoding="utf-8")
+    assert set(gateway["environment"]) <= set(re.findall(r"TUWEN_[A-Z_]+", re.sub(r"(?m)^ *#.*$", "", text)))
+    listening = {gateway["environment"][f"TUWEN_GATEWAY_{kind}"] for kind in ("HTTP", "GRPC")}
+    assert listening == {f"0.0.0.0:{port.rpartition(':')[2]}" for port in gateway["ports"]}
+    behind = [gateway["environment"][f"TUWEN_TRITON_{kind}"] for kind in ("HTTP", "GRPC")]
+    assert behind == [f"triton:{port.rpartition(':')[2]}" for port in SERVICES["triton-cpu"]["ports"][:2]]
+
+
+def test_haproxy_has_nothing_against_it() -> None:
+    environment = {name: str(value or "secret") for name, value in SERVICES["gateway"]["environment"].items()}
+    check(tool("haproxy"), "-c", "-f", ROOT / "deploy" / "gateway" / "haproxy.cfg", environment=environment)
 
 
 def test_prometheus_scrapes_the_server_with_the_committed_rules() -> None:

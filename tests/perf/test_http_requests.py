@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from perf.http_requests import HttpRequests, Response, closed_loop, request_bytes
+from tuwen.errors import TuwenError
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -107,3 +108,11 @@ def test_a_closed_loop_keeps_so_many_under_way_and_answers_in_order(requests: Ht
     assert [each.status for each in found] == [200] * 11 + [503, 0]
     assert [each.body for each in found] == [b"{}" + word.encode() for word in words[:-1]] + [b""]
     assert len(requests._idle) == 2  # three connections, of which one was cut
+
+
+def test_more_connections_than_may_be_opened_are_a_sentence(requests: HttpRequests[str]) -> None:
+    requests._most = 2
+    send(requests, "slow", "quick")
+    with pytest.raises(TuwenError, match="2 requests are under way, no more connections"):
+        send(requests, "more")
+    assert {key for key, _ in wait(requests)} == {"slow", "quick"}
