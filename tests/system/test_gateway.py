@@ -128,7 +128,9 @@ def _say_no_more_than_ready(listening: socket.socket) -> None:
         (f"POST /v2/models/{MODEL}_text/trace/setting HTTP/1.1", 403),
         ("GET /v2/systemsharedmemory/status HTTP/1.1", 403),
         ("POST /v2/logging HTTP/1.1", 403),
+        (f"POST /v2/models/{MODEL}_text/ready HTTP/1.1\r\nContent-Length: 0", 403),
         (f"POST /v2/models/{MODEL}_text/infer HTTP/1.1\r\nTransfer-Encoding: chunked", 411),
+        ("GET /v2/health/ready HTTP/1.1\r\nTransfer-Encoding: chunked", 411),
         (f"POST /v2/models/{MODEL}_text/infer HTTP/1.1\r\nContent-Length: 33619969", 413),
     ],
 )
