@@ -37,7 +37,7 @@ def open_gateway(behind: Endpoints, settings: Mapping[str, str] | None = None) -
         **os.environ,
         "TUWEN_GATEWAY_HTTP": addresses[0],
         "TUWEN_GATEWAY_GRPC": addresses[1],
-        "TUWEN_TRITON_HTTP": behind.http.removeprefix("http://"),
+        "TUWEN_TRITON_HTTP": behind.http_address,
         "TUWEN_TRITON_GRPC": behind.grpc,
         **(settings or {}),
     }

@@ -114,18 +114,13 @@ class Target:
         """How long answers may take, at so many texts per second."""
         return self.margin * (self.wait_s + self.most_waiting / capacity)
 
-    @property
-    def http(self) -> str:
-        """host:port"""
-        return self.asked.http.removeprefix("http://")
-
 
 class Sender:
     """Sends single texts without waiting."""
 
     def __init__(self, target: Target, texts: list[str]) -> None:
         self.target, self.texts = target, texts
-        self.http: HttpRequests[Sent] = HttpRequests(target.http)
+        self.http: HttpRequests[Sent] = HttpRequests(target.asked.http_address)
         self.requests = [text_request(f"{target.model}_text", text, _TIMEOUT_S) for text in texts]
 
     def send(self, text: int) -> Sent:
@@ -184,7 +179,7 @@ def most_waiting(server: Endpoints, model: str) -> int:
 def measure_capacity(sender: Sender) -> float:
     """Texts per second with 64 under way."""
     requests = sender.requests * 4
-    http: HttpRequests[int] = HttpRequests(sender.target.http)
+    http: HttpRequests[int] = HttpRequests(sender.target.asked.http_address)
     rate = rate_of(partial(closed_loop, http, requests, CAPACITY_CONCURRENCY), len(requests))()
     http.close()
     return rate

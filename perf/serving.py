@@ -69,11 +69,6 @@ class Bench:
     repository: Path
     server: EmbeddedServer
 
-    @property
-    def http(self) -> str:
-        """host:port"""
-        return self.server.endpoints.http.removeprefix("http://")
-
     def client(self, name: str, max_in_flight: int = CONCURRENCY) -> Client:
         return Client(self.server.endpoints.grpc, name, max_in_flight=max_in_flight)
 
@@ -206,7 +201,7 @@ def measure_tax(bench: Bench, name: str = FP32) -> dict[str, Any]:
     texts = muge_like_texts(NUM_TEXTS["served"], seed=1)
     ids = [default_tokenizer().encode_ids(normalize_text(text)) for text in texts]
     requests = [text_request(f"{name}_text", text) for text in texts]
-    http: HttpRequests[int] = HttpRequests(bench.http)
+    http: HttpRequests[int] = HttpRequests(bench.server.endpoints.http_address)
 
     def run_bare(batch_size: int) -> None:
         for start in range(0, len(ids), batch_size):

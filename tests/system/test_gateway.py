@@ -40,13 +40,9 @@ def gateway(sample_server: EmbeddedServer) -> Iterator[Endpoints]:
         yield endpoints
 
 
-def host_port(endpoints: Endpoints) -> str:
-    return endpoints.http.removeprefix("http://")
-
-
 def ask_http(endpoints: Endpoints, head: str) -> tuple[int, str]:
     """Status and body of the answer to a request without a body."""
-    host, _, port = host_port(endpoints).partition(":")
+    host, _, port = endpoints.http_address.partition(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(f"{head}\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
         answer = b"".join(iter(lambda: connection.recv(65_536), b"")).decode()
@@ -64,7 +60,7 @@ def test_answers_are_the_server_s_own(client: Client, gateway: Endpoints) -> Non
 
 
 def test_http_is_answered_too(client: Client, gateway: Endpoints) -> None:
-    http: HttpRequests[int] = HttpRequests(host_port(gateway))
+    http: HttpRequests[int] = HttpRequests(gateway.http_address)
     responses = closed_loop(http, [text_request(f"{MODEL}_text", text) for text in TEXTS], 8)
     http.close()
     rows = np.stack([np.frombuffer(each.body[each.json_size :], np.float32) for each in responses])
@@ -78,7 +74,7 @@ def test_what_finds_no_place_in_time_is_refused_as_by_a_full_server(sample_serve
             hasty.embed_text(TEXTS)
         with Client(gateway.grpc, retry=RetryPolicy(attempts=200)) as patient:
             assert len(patient.embed_text(TEXTS[:40])) == 40
-        http: HttpRequests[int] = HttpRequests(host_port(gateway))
+        http: HttpRequests[int] = HttpRequests(gateway.http_address)
         responses = closed_loop(http, [text_request(f"{MODEL}_text", text) for text in TEXTS], 64)
         http.close()
     assert {each.status for each in responses} == {200, 503}
@@ -177,5 +173,5 @@ def test_it_speaks_tls(sample_server: EmbeddedServer, certificates: Path, tmp_pa
         with Client(gateway.grpc, MODEL, tls=Tls(ca_path=certificates / "other.pem"), retry=ONCE) as stranger:
             assert not stranger.is_ready()
         context = ssl.create_default_context(cafile=certificates / "ca.pem")
-        request = urllib.request.urlopen(f"https://{host_port(gateway)}/v2/health/ready", context=context)
+        request = urllib.request.urlopen(f"https://{gateway.http_address}/v2/health/ready", context=context)
         assert request.status == 200

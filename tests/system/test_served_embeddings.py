@@ -49,7 +49,7 @@ def test_100_served_texts_equal_pytorch(client: Client, sample_model: ChineseCLI
 
 def test_the_measurements_send_texts_that_are_embedded(client: Client, sample_server: EmbeddedServer) -> None:
     texts = ["一只猫", "戴墨镜的笑脸"]
-    http: HttpRequests[int] = HttpRequests(sample_server.endpoints.http.removeprefix("http://"))
+    http: HttpRequests[int] = HttpRequests(sample_server.endpoints.http_address)
     responses = closed_loop(http, [text_request(f"{client.model}_text", text) for text in texts], 2)
     http.close()
     rows = np.stack([np.frombuffer(each.body[each.json_size :], np.float32) for each in responses])

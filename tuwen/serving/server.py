@@ -72,6 +72,11 @@ class Endpoints:
     http: str
     metrics: str
 
+    @property
+    def http_address(self) -> str:
+        """host:port"""
+        return self.http.removeprefix("http://")
+
 
 class EmbeddedServer:
     """One run of the server, from start() to stop(); as a context manager it does both."""
