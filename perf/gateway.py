@@ -19,6 +19,11 @@ CONFIG = Path(__file__).parents[1] / "deploy" / "gateway" / "haproxy.cfg"
 _START_TIMEOUT_S = 10.0
 
 
+def find_haproxy() -> str | None:
+    """Its path; Debian puts it where only root looks."""
+    return shutil.which("haproxy", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
+
+
 @contextmanager
 def open_gateway(behind: Endpoints, settings: Mapping[str, str] | None = None) -> Iterator[Endpoints]:
     """The addresses to ask instead of those behind it.
@@ -29,7 +34,7 @@ def open_gateway(behind: Endpoints, settings: Mapping[str, str] | None = None) -
         MissingDependency: haproxy is not installed.
         TuwenError: it does not start.
     """
-    haproxy = shutil.which("haproxy", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
+    haproxy = find_haproxy()
     if haproxy is None:
         raise MissingDependency("haproxy is not installed: apt-get install haproxy")
     addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]

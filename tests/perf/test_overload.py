@@ -58,7 +58,8 @@ def test_each_fault_is_named() -> None:
     assert missed(with_one(refused(ms=51))) == {"refusals are quick"}
     assert missed(replace(GOOD, unasked=1)) == {"each ended once"}
     assert missed(replace(GOOD, memory_mib=[100.0] * 8 + [103.0] * 2)) == {"memory is flat"}
-    assert missed(replace(GOOD, memory_mib=[90.0] * 4 + [100.0] * 2 + [101.0] * 4)) == set()
+    assert missed(replace(GOOD, memory_mib=[100.0] * 4 + [106.0] * 6)) == {"memory is flat"}
+    assert missed(replace(GOOD, memory_mib=[97.0] * 4 + [100.0] * 2 + [101.0] * 4)) == set()
     assert missed(replace(GOOD, recovery_s=2.1)) == {"normal again"}
     assert missed(replace(GOOD, capacities=(110.0, 110.0))) == {"goodput"}
     assert missed(replace(GOOD, requests=GOOD.requests[10:])) == {"goodput"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import socket
 import ssl
 import threading
@@ -19,14 +18,14 @@ import tritonclient.grpc as grpc_client
 from tritonclient.utils import InferenceServerException
 from tuwen_client import Client, InvalidInput, Overloaded, RetryPolicy, ServerUnavailable, Tls, TuwenError
 
-from perf.gateway import open_gateway
+from perf.gateway import find_haproxy, open_gateway
 from perf.http_requests import HttpRequests, closed_loop, text_request
 from tuwen.serving.ports import free_ports
 from tuwen.serving.server import EmbeddedServer, Endpoints
 
 pytestmark = [
     pytest.mark.triton,
-    pytest.mark.skipif(not shutil.which("haproxy", path="/usr/sbin:/usr/bin"), reason="haproxy is not installed"),
+    pytest.mark.skipif(find_haproxy() is None, reason="haproxy is not installed"),
 ]
 
 MODEL = "tiny_rn"
